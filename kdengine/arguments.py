@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of a run: a recipe, then dotted overrides parsed by tyro.
+
+``--recipe NAME`` fills the configuration, every ``--section.key value`` replaces one field of it.
+The launcher's ``--local_rank`` and the customary ``--deepspeed`` switch are dropped;
+``--resume`` and ``--deepspeed_config`` are short for the fields that hold them.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from kdengine.config import RunConfig, load_recipe, recipe_names
+
+SHORT = {
+    "--resume": "--run.resume",
+    "--name": "--run.name",
+    "--deepspeed-config": "--train.deepspeed-config",
+}
+
+
+def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take ``--recipe`` and the launcher's words out of ``argv``.
+
+    Returns:
+        The recipe's name (None when there is none) and the words left for tyro, with the short
+        names of ``SHORT`` spelled out.
+
+    Raises:
+        ValueError: ``--recipe`` without a name.
+    """
+    recipe, rest = None, []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        key = option.replace("_", "-")
+        if key == "--local-rank":
+            if not equals:
+                next(words, None)
+        elif key == "--deepspeed":
+            continue
+        elif key == "--recipe":
+            recipe = value if equals else next(words, None)
+            if not recipe or recipe.startswith("--"):
+                raise ValueError(f"--recipe: expected a name, one of {', '.join(recipe_names())}")
+        else:
+            rest.append(SHORT.get(key, option) + equals + value)
+    return recipe, rest
+
+
+def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/train.py") -> RunConfig:
+    """Turn command-line words into a RunConfig.
+
+    Without ``--recipe`` every field starts from its default. ``--help`` prints all fields with the
+    values that the recipe gives them. What is wrong is printed with its mend, and the process
+    ends with code 2.
+    """
+    try:
+        recipe, rest = split(argv)
+        default = _one_length(load_recipe(recipe) if recipe else RunConfig(), rest)
+        unknown = _unknown(rest)
+        if unknown:
+            raise ValueError(unknown)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    recipes = f"--recipe NAME starts from one of: {', '.join(recipe_names())}"
+    description = f"{description}\n\n{recipes} (or a .toml file)."
+    try:
+        return tyro.cli(
+            RunConfig, prog=prog, default=default, args=rest, description=description.strip()
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _one_length(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """Let a length given on the command line replace the recipe's, in steps or in epochs."""
+    given = {word.partition("=")[0] for word in words}
+    for mine, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"--train.{mine}" in given and f"--train.{other}" not in given:
+            train = dataclasses.replace(config.train, **{other: None})
+            config = dataclasses.replace(config, train=train)
+    return config
+
+
+def _unknown(words: Sequence[str]) -> str | None:
+    """Name the first option that no field has, with the nearest one that exists."""
+    known = option_names()
+    for word in words:
+        if not re.match(r"--[A-Za-z]", word):
+            continue
+        option = word.partition("=")[0].replace("_", "-")
+        if option not in known and option != "--help":
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            return f"unknown option {word.partition('=')[0]}; {hint}"
+    return None
+
+
+def option_names() -> list[str]:
+    """Every option of the command line, in the order of the configuration."""
+    names: list[str] = []
+
+    def visit(value: object, prefix: str) -> None:
+        for name in value.__dataclass_fields__:  # type: ignore[attr-defined]
+            field = getattr(value, name)
+            dashed = name.replace("_", "-")
+            if hasattr(field, "__dataclass_fields__"):
+                visit(field, f"{prefix}{dashed}.")
+            else:
+                names.append(f"--{prefix}{dashed}")
+                if isinstance(field, bool):
+                    names.append(f"--{prefix}no-{dashed}")
+
+    visit(RunConfig(), "")
+    return names

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: frozen dataclasses, filled from TOML recipes.
+
+Field names keep open_clip's spelling. Text in the data fields may hold ``${NAME}`` or
+``${NAME:-default}``, replaced from the environment when a recipe is read. The parser of the
+command line lives in ``kdengine.arguments``; this module needs the standard library only.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+RECIPES = Path(__file__).parent / "recipes"
+T = TypeVar("T")
+
+
+def _check(owner: str, name: str, value: float, expected: str, good: bool) -> None:
+    if not good:
+        raise ValueError(f"{owner}.{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the training pairs come from."""
+
+    train_data: str = ""
+    """Shards: braces ('/data/{00000..00331}.tar'), several joined by '::'."""
+    dataset_type: Literal["webdataset", "synthetic"] = "webdataset"
+    """'synthetic' makes random pairs, for benchmarks only."""
+    train_num_samples: int = 0
+    """Samples in an epoch of synthetic data; shards know their own number."""
+    index_dir: str | None = None
+    """Folder for the index, where the shards' own folder cannot be written."""
+    max_pixels: int = 50_000_000
+    """An image whose header states more pixels is quarantined before any decode."""
+    caption: Literal["random", "first"] = "random"
+    """Which of a sample's captions a step uses."""
+    workers: int = 4
+    """Decoding threads of a rank."""
+    shuffle_buffer: int = 4096
+    """Samples in the reader's shuffle buffer, on each rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The student."""
+
+    model: str = "ViT-T-16"
+    """open_clip architecture, one of ours, 'local-dir:PATH', or a JSON config file."""
+    pretrained: str | None = None
+    """open_clip tag or a checkpoint file to start from; none starts from scratch."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """The teacher; methods without one ignore it."""
+
+    distill_model: str | None = None
+    """open_clip architecture, 'local-dir:PATH', or a JSON config file."""
+    distill_pretrained: str | None = None
+    """open_clip tag or checkpoint file of the teacher."""
+    distill_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the teacher's forward; 'auto' follows train.precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipKD:
+    """Weights of CLIP-KD, in the reductions of its released code."""
+
+    task: float = 1.0
+    """CLIP InfoNCE, mean of rows and columns."""
+    crd: float = 1.0
+    """Contrastive relational distillation, mean of the row and the column KL."""
+    fd: float = 2000.0
+    """Feature distillation, squared error averaged over batch and width."""
+    icl: float = 1.0
+    """Interactive contrastive learning, mean of both directions."""
+    reference_quirks: bool = False
+    """Reproduce the released code where it differs from the paper (raw ICL scale)."""
+
+    def __post_init__(self) -> None:
+        for name in ("task", "crd", "fd", "icl"):
+            value = getattr(self, name)
+            _check("method.clip_kd", name, value, "a weight >= 0", value >= 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is learned from whom."""
+
+    name: Literal["clip", "clip_kd"] = "clip_kd"
+    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL."""
+    clip_kd: ClipKD = field(default_factory=ClipKD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with warm-up and decay."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    wd: float = 0.1
+    """Weight decay; norms, biases and scales get none."""
+    warmup: int = 10_000
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    """After the warm-up: cosine to zero, or constant."""
+    grad_clip_norm: float | None = None
+    """Clip the global gradient norm to this; none does not clip."""
+
+    def __post_init__(self) -> None:
+        _check("optim", "lr", self.lr, "a learning rate > 0", self.lr > 0)
+        _check("optim", "wd", self.wd, "a weight decay >= 0", self.wd >= 0)
+        _check("optim", "warmup", self.warmup, "a number of steps >= 0", self.warmup >= 0)
+        clip = self.grad_clip_norm
+        _check("optim", "grad_clip_norm", clip or 0, "a norm > 0", clip is None or clip > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Batch, length, precision and engine."""
+
+    batch_size: int = 128
+    """Pairs on each rank and step."""
+    epochs: float | None = None
+    """Length in passes over the data; give this or steps."""
+    steps: int | None = None
+    """Length in optimiser steps; give this or epochs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + parameters sharded."""
+    deepspeed_config: str | None = None
+    """JSON file merged over the DeepSpeed configuration that kdengine builds."""
+    torchcompile: bool = False
+    """Compile the student with torch.compile."""
+    max_skipped: int = 10
+    """Consecutive steps with a non-finite loss or gradient that are skipped; one more stops."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("train", "batch_size", self.batch_size, "a size >= 1", self.batch_size >= 1)
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(
+                f"train: expected epochs or steps, got both (epochs={self.epochs}, "
+                f"steps={self.steps}); set one of them to None"
+            )
+        length = self.steps if self.steps is not None else self.epochs
+        _check("train", "steps/epochs", length or 0, "a length > 0", length is None or length > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluation during training and by 'kdengine eval'."""
+
+    retrieval: tuple[str, ...] = ()
+    """Sets of image-caption pairs, each 'NAME=SHARDS'."""
+    zeroshot: tuple[str, ...] = ()
+    """Classification sets, each 'NAME=SHARDS', or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
+
+    Without the two files, 'X-zeroshot.tar' takes 'X-classnames.txt' and 'X-templates.txt' beside
+    it. The word 'imagenet' in place of a file name means open_clip's names or templates.
+    """
+    val_frequency: int = 0
+    """Evaluate every so many steps; 0 only at the end."""
+    batch_size: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Names, logs, checkpoints."""
+
+    name: str = "run"
+    logs: str = "runs"
+    """Everything is written under LOGS/NAME."""
+    resume: str | None = None
+    """'latest', or the folder of a checkpoint."""
+    log_every_n_steps: int = 10
+    save_every_n_steps: int = 1000
+    """0 saves by minutes and at the end only."""
+    save_every_minutes: float = 30.0
+    """0 saves by steps and at the end only."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    distill: Distill = field(default_factory=Distill)
+    method: Method = field(default_factory=Method)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    run: Run = field(default_factory=Run)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with kdengine, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str) -> RunConfig:
+    """Read a recipe by name or path into a RunConfig.
+
+    A key ``base = "NAME"`` at the top of a recipe starts from that recipe.
+
+    Raises:
+        FileNotFoundError: no such recipe; the message lists those there are.
+        ValueError: not TOML, an unknown key (the nearest valid one is named), or a wrong value.
+    """
+    return from_dict(RunConfig, _read(name, ()), name)
+
+
+def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise FileNotFoundError(
+            f"recipe {name!r}: no file {path}.{hint} There are: {', '.join(recipe_names())}; "
+            "or give the path of a .toml file"
+        )
+    if name in above:
+        raise ValueError(f"recipe {name!r}: 'base' goes in a circle: {' -> '.join(above)}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path}: not valid TOML: {error}") from None
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read(base, (*above, name)), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build the dataclass ``cls`` from nested plain values, refusing what does not fit.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type, named with ``where``.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], hints, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(hints)}"
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; {hint}")
+    return cls(**{key: _convert(hints[key], v, f"{where}: {key}") for key, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, dict):
+            return from_dict(hint, value, where)
+        raise ValueError(f"{where}: expected a table, got {value!r}")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value in arguments and not isinstance(value, bool):
+            return value
+        raise ValueError(f"{where}: expected one of {list(arguments)}, got {value!r}")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (type(value) is hint):
+        return expand_variables(value, where) if isinstance(value, str) else value
+    name = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where}: expected {name}, got {value!r}")
+
+
+def expand_variables(text: str, where: str) -> str:
+    """Replace ``${NAME}`` and ``${NAME:-default}`` from the environment.
+
+    Raises:
+        ValueError: the variable is not set and there is no default.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        value = os.environ.get(name, default)
+        if value is None:
+            raise ValueError(f"{where}: the environment variable {name} is not set; export it")
+        return value
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", replace, text)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain values, without the fields that are None."""
+    pairs = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {
+        name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in pairs
+        if value is not None
+    }
+
+
+def to_toml(config: Any) -> str:
+    """The configuration as a recipe that ``load_recipe`` reads back to an equal object."""
+    lines: list[str] = []
+
+    def table(values: dict[str, Any], prefix: str) -> None:
+        plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+        if prefix and plain:
+            lines.append(f"\n[{prefix}]")
+        lines.extend(f"{key} = {_literal(value)}" for key, value in plain.items())
+        for key, value in values.items():
+            if isinstance(value, dict):
+                table(value, f"{prefix}.{key}".lstrip("."))
+
+    table(to_dict(config), "")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m.group()):04x}", escaped) + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes, dotted overrides and what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from kdengine.arguments import option_names, parse, split
+from kdengine.config import (
+    Optim,
+    RunConfig,
+    Train,
+    expand_variables,
+    from_dict,
+    load_recipe,
+    recipe_names,
+    to_dict,
+    to_toml,
+)
+
+
+def write(folder: Path, text: str, name: str = "mine.toml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_is_short(name: str, repository: Path) -> None:
+    config = load_recipe(name)
+    assert config.train.steps is not None or config.train.epochs is not None
+    lines = (repository / "kdengine" / "recipes" / f"{name}.toml").read_text().splitlines()
+    assert len(lines) <= 40
+
+
+def test_toml_round_trip_keeps_every_value(tmp_path: Path) -> None:
+    config = RunConfig(
+        optim=Optim(lr=3e-5, grad_clip_norm=1.0, eps=1e-8),
+        train=Train(steps=7, precision="bf16"),
+    )
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, train_data='a "b"\\c\n{0..1}.tar'),
+        eval=dataclasses.replace(config.eval, retrieval=("x=y", "z=w")),
+    )
+    assert load_recipe(write(tmp_path, to_toml(config))) == config
+
+
+def test_base_recipe_is_overridden_key_by_key(tmp_path: Path) -> None:
+    base = write(tmp_path, "[optim]\nlr = 0.1\nwd = 0.2\n", "base.toml")
+    config = load_recipe(write(tmp_path, f'base = "{base}"\n[optim]\nwd = 0.3\n'))
+    assert (config.optim.lr, config.optim.wd) == (0.1, 0.3)
+
+
+def test_base_in_a_circle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    with pytest.raises(ValueError, match="circle"):
+        load_recipe(write(tmp_path, f'base = "{path}"\n'))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlearning_rat = 1", "unknown key 'learning_rat'"),
+        ("[optim]\nbeta_1 = 0.9", "did you mean 'beta1'"),
+        ("[optimizer]\nlr = 1", "did you mean 'optim'"),
+        ("[optim]\nlr = 'fast'", "lr: expected float, got 'fast'"),
+        ("[train]\nsteps = 1.5", "steps: expected int, got 1.5"),
+        ("[train]\nbatch_size = true", "batch_size: expected int, got True"),
+        ("[train]\nprecision = 'fp8'", r"expected one of \['fp32', 'bf16'\]"),
+        ("[train]\nbatch_size = 0", "train.batch_size: expected a size >= 1, got 0"),
+        ("[train]\nsteps = 5\nepochs = 1", "expected epochs or steps, got both"),
+        ("[method.clip_kd]\nfd = -1", "expected a weight >= 0"),
+        ("train = 3", "train: expected a table"),
+        ("[optim\n", "not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(FileNotFoundError, match="Did you mean 'clip_kd'"):
+        load_recipe("clipkd")
+
+
+def test_variables_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDENGINE_A", "/a")
+    assert expand_variables("${KDENGINE_A}/{0..3}.tar", "x") == "/a/{0..3}.tar"
+    assert expand_variables("${KDENGINE_B:-../b}/c", "x") == "../b/c"
+    with pytest.raises(ValueError, match="KDENGINE_B is not set"):
+        expand_variables("${KDENGINE_B}/c", "x")
+
+
+def test_integers_are_good_floats_and_lists_good_tuples() -> None:
+    config = from_dict(RunConfig, {"optim": {"lr": 1}, "eval": {"retrieval": ["a=b"]}}, "x")
+    assert config.optim.lr == 1.0 and config.eval.retrieval == ("a=b",)
+
+
+@pytest.mark.parametrize("words", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
+def test_the_launchers_rank_is_dropped(words: list[str]) -> None:
+    recipe, rest = split([*words, "--recipe", "clip_kd", "--optim.lr", "1", "--deepspeed"])
+    assert (recipe, rest) == ("clip_kd", ["--optim.lr", "1"])
+
+
+def test_overrides_replace_the_recipes_values() -> None:
+    config = parse("--recipe=clip_kd --optim.lr 5e-4 --train.batch_size=32 --resume latest".split())
+    assert (config.optim.lr, config.train.batch_size, config.run.resume) == (5e-4, 32, "latest")
+    assert config.method.clip_kd.fd == load_recipe("clip_kd").method.clip_kd.fd
+
+
+def test_a_length_on_the_command_line_replaces_the_recipes() -> None:
+    config = parse("--recipe clip_kd --train.steps 5".split())
+    assert (config.train.steps, config.train.epochs) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.lrr 3", "did you mean --optim.lr?"),
+        ("--recipe nothing_like_it", "recipe 'nothing_like_it': no file"),
+        ("--recipe", "--recipe: expected a name"),
+        ("--optim.lr -3", "expected a learning rate > 0"),
+        ("--train.zero-stage 5", "invalid choice '5'"),
+        ("--train.steps 3 --train.epochs 3", "expected epochs or steps"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_its_mend(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    assert stop.value.code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in printed
+
+
+def test_every_field_is_an_option_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for option in option_names():
+        assert option in printed
+
+
+def test_to_dict_leaves_out_what_is_none() -> None:
+    assert "grad_clip_norm" not in to_dict(Optim())
