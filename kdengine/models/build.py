@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Students and teachers from a name, a folder or a configuration file.
+
+The towers are made from open_clip's classes directly: nothing is downloaded unless the user asked
+for published weights, and no base weights of a tower slip in.
+"""
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from kdengine.models.source import LOCAL, Source, resolve
+from kdengine.models.spec import TowerSpec
+from kdengine.models.towers import Student, Teacher, TwoTower
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    grad_checkpointing: bool = False,
+    seed: int | None = None,
+) -> Student:
+    """Build a model to train, in fp32 on the CPU, in training mode.
+
+    Its log scale has shape [1]: DeepSpeed cannot broadcast 0-D parameters. A sigmoid model's bias
+    is frozen, because no softmax loss has a gradient for it.
+
+    Args:
+        model: one of ``student_configs()``, an open_clip architecture, ``local-dir:PATH``,
+            ``hf-hub:ORG/NAME``, or the path of a JSON file.
+        pretrained: open_clip tag or checkpoint file; None starts from random weights (from the
+            folder's weights for ``local-dir:``).
+        grad_checkpointing: recompute activations in the backward pass.
+        seed: of the random weights, whatever was drawn before; None uses torch's generator.
+
+    Returns:
+        Student(tower, spec).
+
+    Raises:
+        ValueError: unknown name or tag, wrong GELU, unusable configuration or checkpoint.
+        FileNotFoundError: a named file or folder is missing.
+        RuntimeError: a download failed.
+    """
+    source = resolve("build_student", model, pretrained)
+    source = dataclasses.replace(source, spec=_trained_preprocess(source.spec))
+    if "multimodal_cfg" in source.spec.model_cfg:
+        raise ValueError(
+            f"build_student: {model} is a CoCa model; its caption decoder would get no gradient; "
+            "take a two-tower configuration (CoCa models can be teachers)"
+        )
+    if seed is None:
+        tower = _build("build_student", source)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tower = _build("build_student", source)
+    if grad_checkpointing:
+        _checkpoint_activations(tower, model)
+    return Student(tower.train(), source.spec)
+
+
+def build_teacher(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    allow_random: bool = False,
+) -> Teacher:
+    """Build a frozen model to learn from. torch's random state is left as it was.
+
+    Args:
+        model: as for ``build_student``; width, resolution, mean, std and tokenizer are its own.
+        pretrained: open_clip tag or checkpoint file.
+        dtype: of weights and embeddings; batch norms and the scale stay fp32.
+        device: where it goes.
+        allow_random: accept a model without weights (benchmarks).
+
+    Returns:
+        A callable ``teacher(image, tokens) -> Features``.
+
+    Raises:
+        ValueError: also when there are no weights.
+    """
+    source = resolve("build_teacher", model, pretrained)
+    if source.checkpoint is None and not allow_random:
+        raise ValueError(
+            f"build_teacher: {model} without pretrained is random, and nothing can be learned from "
+            "it; give an open_clip tag, a checkpoint file, or local-dir:PATH"
+        )
+    with torch.random.fork_rng(devices=[]):
+        tower = _build("build_teacher", source, clamp_scale=False)
+    return Teacher(tower, source.spec, dtype).to(device)
+
+
+def load_model(model: str | Path, pretrained: str | None = None) -> Student:
+    """Load a model for use: an exported folder, or anything ``build_student`` takes.
+
+    Returns:
+        Student(tower, spec) in evaluation mode, fp32, on the CPU, with its scale as it was trained.
+
+    Raises:
+        ValueError: also when there are no weights.
+    """
+    name = str(model)
+    if ":" not in name and Path(name).is_dir():
+        name = LOCAL + name
+    source = resolve("load_model", name, pretrained)
+    if source.checkpoint is None:
+        raise ValueError(
+            f"load_model: {name} has no weights; give the folder of an export, or pretrained"
+        )
+    with torch.random.fork_rng(devices=[]):
+        tower = _build("load_model", source, clamp_scale=False)
+    return Student(tower.eval(), source.spec)
+
+
+def build_from_spec(spec: TowerSpec, *, grad_checkpointing: bool = False) -> TwoTower:
+    """The student that a spec describes, with random weights, ready for a state dict."""
+    tower = _build("build_from_spec", Source(spec, None))
+    if grad_checkpointing:
+        _checkpoint_activations(tower, spec.name)
+    return tower.train()
+
+
+def _build(who: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
+    name = source.spec.name
+    config: dict[str, Any] = copy.deepcopy(dict(source.spec.model_cfg))
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    custom = config.pop("custom_text", False)
+    cls = open_clip.CLIP
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+        custom = True
+    if custom:
+        cls = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    try:
+        clip = cls(**(config | {"nonscalar_logit_scale": True}))
+    except Exception as error:
+        raise ValueError(
+            f"{who}: open_clip {open_clip.__version__} cannot build {name}: {error}"
+        ) from error
+    if clip.logit_bias is not None:
+        clip.logit_bias.requires_grad_(False)
+    if source.checkpoint is not None:
+        _load(who, clip, name, source.checkpoint)
+    return TwoTower(clip, clamp_scale=clamp_scale)
+
+
+def _load(who: str, clip: nn.Module, name: str, checkpoint: str) -> None:
+    try:
+        open_clip.load_checkpoint(clip, checkpoint)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 600 else reason[:600] + " ..."
+        raise ValueError(
+            f"{who}: the checkpoint {checkpoint} does not fit {name}: {reason}; expected an "
+            "open_clip state dict (.safetensors, or a torch file of tensors) of this configuration"
+        ) from error
+
+
+def _trained_preprocess(spec: TowerSpec) -> TowerSpec:
+    """Students see bicubic crops of the shorter side, whatever their weights saw before."""
+    wanted = dataclasses.replace(spec.preprocess, interpolation="bicubic", resize_mode="shortest")
+    if wanted != spec.preprocess:
+        logger.warning(
+            "build_student: %s was trained with %s, %s; it will be trained, evaluated and "
+            "exported with bicubic, shortest",
+            spec.name,
+            spec.preprocess.interpolation,
+            spec.preprocess.resize_mode,
+        )
+    return dataclasses.replace(spec, preprocess=wanted)
+
+
+def _checkpoint_activations(tower: TwoTower, name: str) -> None:
+    clip: Any = tower.clip
+    if hasattr(clip.visual, "trunk"):
+        try:
+            # open_clip's own switch hides the refusal of a timm model
+            clip.visual.trunk.set_grad_checkpointing(True)
+        except Exception as error:
+            raise ValueError(
+                f"build_student: the image tower of {name} has no gradient checkpointing "
+                f"({error}); switch grad_checkpointing off"
+            ) from error
+    elif type(clip.visual).__name__ == "ModifiedResNet":
+        logger.warning(
+            "build_student: open_clip's ResNet (%s) has no gradient checkpointing; only the text "
+            "tower recomputes its activations",
+            name,
+        )
+    clip.set_grad_checkpointing(True)
