@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An index opened for reading: numbered samples, their captions, token ids, labels and keys."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdengine.data.build import BuildStats, Place
+from kdengine.data.store import CAPTION_FIRST, KEY_START, LABEL, load_meta
+from kdengine.data.tokenize import parse_tokenizer_id
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One shard with at least one good sample; a shard listed twice appears twice.
+
+    Attributes:
+        tar: absolute path of the archive.
+        idx: path of our DALI v1.2 index: component `img`, name field = number of the sample in the
+            shard, from 0 to num_samples - 1.
+        num_samples: good samples.
+        first: global number of the first of them; global number = first + number in the shard.
+        folder: the index folder of the shard.
+        generation: changes when the index is rebuilt.
+    """
+
+    tar: str
+    idx: str
+    num_samples: int
+    first: int
+    folder: str
+    generation: str
+
+
+class DatasetIndex:
+    """Good samples of a list of shards, numbered from 0 in the order of the list.
+
+    Cheap to make and to pickle: the files are mapped into memory on first use.
+
+    Attributes:
+        shards: those with at least one good sample.
+        num_samples: good samples, over all shards as often as they are listed.
+        num_quarantined: bad samples, likewise; good and bad together are all samples.
+        quarantine_paths: the `quarantine.jsonl` files that name the bad ones.
+        stats: what it took to bring the index up to date.
+    """
+
+    def __init__(self, places: Sequence[Place], stats: BuildStats) -> None:
+        self.stats = stats
+        self._metas = [_open_meta(place) for place in places]
+        shards, first = [], 0
+        for place, meta in zip(places, self._metas, strict=True):
+            if meta["num_samples"]:
+                shards.append(_shard_index(place, meta, first))
+                first += meta["num_samples"]
+        self.shards: tuple[ShardIndex, ...] = tuple(shards)
+        self.num_samples: int = first
+        self.num_quarantined: int = sum(meta["num_quarantined"] for meta in self._metas)
+        roots = dict.fromkeys(place.folder.parent for place in places)
+        self.quarantine_paths = tuple(str(root / "quarantine.jsonl") for root in roots)
+        self._firsts = np.array([shard.first for shard in shards], np.int64)
+
+    def captions(self, tokenizer_id: str) -> CaptionTable:
+        """The token ids for one of the tokenizers that were given to `ensure_index`.
+
+        Raises:
+            KeyError: the captions were not tokenised with it.
+        """
+        files = []
+        for meta in self._metas:
+            if meta["num_samples"]:
+                entry = meta["tokens"].get(tokenizer_id)
+                if entry is None and meta["num_captions"]:
+                    raise KeyError(
+                        f"DatasetIndex.captions: the captions of {meta['shard']} were not "
+                        f"tokenised with {tokenizer_id!r}, only with {sorted(meta['tokens'])}; "
+                        "name it in ensure_index(tokenizers=...)"
+                    )
+                files.append("" if entry is None else entry["file"])
+        return CaptionTable(self, tokenizer_id, tuple(files))
+
+    def num_captions(self, numbers: np.ndarray) -> np.ndarray:
+        """Captions of each sample: global numbers int64 [n] -> int64 [n]."""
+        counts = np.empty(len(numbers), np.int64)
+        for shard, where, local in self.by_shard(numbers):
+            first = _samples(shard)[:, CAPTION_FIRST]
+            counts[where] = first[local + 1] - first[local]
+        return counts
+
+    def texts(self, numbers: np.ndarray) -> list[list[str]]:
+        """The different captions of each sample as strings, the one of its `.txt` first."""
+        found: list[list[str]] = [[] for _ in range(len(numbers))]
+        for shard, where, local in self.by_shard(numbers):
+            first = _samples(shard)[:, CAPTION_FIRST]
+            starts = _map(shard.folder, "captions.npy", shard.generation)
+            text = _map(shard.folder, "captions.bin", shard.generation)
+            for position, number in zip(where, local, strict=True):
+                found[position] = [
+                    bytes(text[starts[row] : starts[row + 1]]).decode()
+                    for row in range(first[number], first[number + 1])
+                ]
+        return found
+
+    def labels(self) -> np.ndarray:
+        """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none."""
+        parts = [_samples(shard)[:-1, LABEL] for shard in self.shards]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def key(self, number: int) -> str:
+        """Key of the sample with this global number."""
+        [(shard, _, local)] = self.by_shard(np.array([number], np.int64))
+        start, end = _samples(shard)[local[0] : local[0] + 2, KEY_START]
+        keys = _map(shard.folder, "keys.bin", shard.generation)
+        return bytes(keys[start:end]).decode("utf-8", "surrogateescape")
+
+    def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
+        """Group global numbers: (shard, their positions in the argument, numbers in the shard).
+
+        Raises:
+            IndexError: a number is not that of a sample.
+        """
+        numbers = np.asarray(numbers, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_samples:
+            raise IndexError(
+                f"DatasetIndex: sample numbers lie in [0, {self.num_samples}); got "
+                f"{numbers.min()} to {numbers.max()}"
+            )
+        owner = np.searchsorted(self._firsts, numbers, side="right") - 1
+        for position in np.unique(owner):
+            where = np.flatnonzero(owner == position)
+            shard = self.shards[position]
+            yield shard, where, numbers[where] - shard.first
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, by what they count.
+
+        Returns:
+            `samples` = `kept` + `quarantined`, `captions`, `shards`, `shards_used`; `causes` and
+            `archives`: dicts from cause to count; `notes`: ignored members and the like.
+        """
+        causes: Counter[str] = Counter()
+        archives: Counter[str] = Counter()
+        notes: Counter[str] = Counter()
+        for meta in self._metas:
+            causes.update(meta["causes"])
+            notes.update(meta["notes"])
+            if meta["fault"]:
+                archives[meta["fault"][0]] += 1
+        return {
+            "samples": self.num_samples + self.num_quarantined,
+            "kept": self.num_samples,
+            "quarantined": self.num_quarantined,
+            "captions": sum(meta["num_captions"] for meta in self._metas),
+            "shards": len(self._metas),
+            "shards_used": len(self.shards),
+            "causes": dict(causes),
+            "archives": dict(archives),
+            "notes": dict(notes),
+        }
+
+
+class CaptionTable:
+    """Token ids of every caption for one tokenizer, mapped into memory on first use."""
+
+    def __init__(self, index: DatasetIndex, tokenizer_id: str, files: tuple[str, ...]) -> None:
+        self.tokenizer_id = tokenizer_id
+        self._index = index
+        self._files = {
+            (shard.folder, shard.generation): file
+            for shard, file in zip(index.shards, files, strict=True)
+        }
+
+    @functools.cached_property
+    def context_length(self) -> int:
+        """Tokens a caption."""
+        return parse_tokenizer_id(self.tokenizer_id)[2]
+
+    def num_captions(self, numbers: np.ndarray) -> np.ndarray:
+        """Captions of each sample: global numbers int64 [n] -> int64 [n]."""
+        return self._index.num_captions(numbers)
+
+    def tokens(self, numbers: np.ndarray, choice: np.ndarray | None = None) -> np.ndarray:
+        """Token ids of one caption of each sample.
+
+        Args:
+            numbers: global sample numbers, int64 [n].
+            choice: which of the sample's captions, int64 [n]; None is the first of each.
+
+        Returns:
+            int32 [n, context_length].
+
+        Raises:
+            IndexError: a sample has no caption of that number.
+        """
+        ids = np.empty((len(numbers), self.context_length), np.int32)
+        for shard, where, local in self._index.by_shard(numbers):
+            first = _samples(shard)[:, CAPTION_FIRST]
+            rows = first[local] + (0 if choice is None else np.asarray(choice)[where])
+            if np.any(rows < first[local]) or np.any(rows >= first[local + 1]):
+                raise IndexError(
+                    f"CaptionTable.tokens: a caption of {shard.tar} was asked for that its sample "
+                    "has not; draw below num_captions()"
+                )
+            file = self._files[shard.folder, shard.generation]
+            ids[where] = _map(shard.folder, file, shard.generation)[rows]
+        return ids
+
+
+def _open_meta(place: Place) -> dict[str, Any]:
+    meta = load_meta(place.folder)
+    if meta is None:
+        raise RuntimeError(
+            f"ensure_index: the index of {place.shard} in {place.folder} is gone or incomplete; "
+            "another process may be rebuilding it. Try again"
+        )
+    return meta
+
+
+def _shard_index(place: Place, meta: dict[str, Any], first: int) -> ShardIndex:
+    return ShardIndex(
+        tar=place.shard,
+        idx=str(place.folder / "images.idx"),
+        num_samples=meta["num_samples"],
+        first=first,
+        folder=str(place.folder),
+        generation=meta["generation"],
+    )
+
+
+def _samples(shard: ShardIndex) -> np.ndarray:
+    return _map(shard.folder, "samples.npy", shard.generation)
+
+
+# a training batch comes from few shards at a time; the bound keeps the number of maps in check
+@functools.lru_cache(maxsize=2048)
+def _map(folder: str, name: str, generation: str) -> np.ndarray:
+    """Map a file of a shard's index, making sure that it is the one that was opened."""
+    meta = load_meta(Path(folder))
+    if meta is None or meta["generation"] != generation:
+        raise RuntimeError(
+            f"DatasetIndex: the index in {folder} was rebuilt or removed while it was in use; "
+            "open it again with ensure_index"
+        )
+    if name.endswith(".npy"):
+        return np.load(Path(folder, name), mmap_mode="r")
+    # an empty file cannot be mapped
+    size = meta["files"][name]
+    return np.memmap(Path(folder, name), np.uint8, "r") if size else np.empty(0, np.uint8)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index of a data set: which samples of which shards are good, and their captions.
+
+A sample is good if its image is (an 8-bit JPEG, PNG, WebP or BMP by content, at most max_pixels by
+its header, decoded by DALI's CPU decoder), its caption is UTF-8 and not blank, and its key is the
+first of its kind in the shard. All others are in `quarantine.jsonl` with their cause.
+Keys are unique within a shard; the same key in two shards names two samples, because data sets that
+are joined number their samples alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from kdengine.data.build import Place, update
+from kdengine.data.dataset import CaptionTable, DatasetIndex, ShardIndex
+from kdengine.data.shards import expand
+from kdengine.data.store import index_root
+from kdengine.data.validate import Require, Rules
+
+__all__ = ["MAX_PIXELS", "CaptionTable", "DatasetIndex", "ShardIndex", "ensure_index"]
+
+# the size at which Pillow, too, begins to suspect a decompression bomb; 268 MB decoded
+MAX_PIXELS = 89_478_485
+
+
+def ensure_index(
+    shards: str | Sequence[str],
+    *,
+    index_dir: str | None = None,
+    tokenizers: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+    require: Require = "caption",
+    num_workers: int | None = None,
+    progress: bool = False,
+    rebuild: bool = False,
+) -> DatasetIndex:
+    """Open the index of the shards, first building whatever is missing or stale.
+
+    An index is stale when the size or time of its shard, max_pixels, the version of DALI or our
+    format changed; token ids when the version of the tokenizer did. Several processes may call this
+    at once: one builds, the others wait for it and find the index done.
+
+    Args:
+        shards: see `expand`.
+        index_dir: folder for the index; None is `.kdengine` beside the shards.
+        tokenizers: ids (see `load_tokenizer`) whose token ids are wanted.
+        max_pixels: an image whose header states more is quarantined before any decode.
+        require: what a sample needs besides a good image: a caption, or a class number in `.cls`.
+        num_workers: processes; None is one a core, 0 is to stay in this one.
+        progress: show bars on stderr.
+        rebuild: validate and tokenise all of it anew.
+
+    Raises:
+        FileNotFoundError: none of the shards exists.
+        ValueError: the shards are remote or none, or an argument is out of range.
+        RuntimeError: the index folder cannot be written.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"ensure_index: max_pixels must be at least 1; got {max_pixels}")
+    if require not in ("caption", "label"):
+        raise ValueError(f"ensure_index: require is 'caption' or 'label'; got {require!r}")
+    paths = expand(shards)
+    if not any(os.path.exists(path) for path in paths):
+        raise FileNotFoundError(
+            f"ensure_index: none of the {len(paths)} shards exists; the first is {paths[0]}"
+        )
+    rules = Rules(max_pixels, require)
+    places = [
+        Place(path, index_root(path, index_dir, rules) / os.path.basename(path)) for path in paths
+    ]
+    stats = update(
+        list(dict.fromkeys(places)),
+        rules,
+        list(dict.fromkeys(tokenizers)),
+        num_workers=num_workers,
+        progress=progress,
+        rebuild=rebuild,
+    )
+    return DatasetIndex(places, stats)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a shard list as people write it (braces, `::`, folders) to local paths."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+MAX_SHARDS = 1_000_000
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def expand(spec: str | Sequence[str]) -> list[str]:
+    """Absolute paths of the shards that a specification names, in its order.
+
+    A specification is a path, or several joined by `::`, or a sequence of such. A path may hold
+    braces (`{00000..00331}`, `{a,b}`), shell wildcards (sorted), `~`, or be a folder (all its
+    `*.tar`, sorted). A path named twice stays twice: that is how a shard is upsampled. Whether a
+    file exists is not asked here.
+
+    Raises:
+        ValueError: no shard is named, the specification is remote, or it names too many.
+        FileNotFoundError: a folder or a wildcard holds no shard.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    paths: list[str] = []
+    for part in (part for text in specs for part in os.fspath(text).split("::")):
+        if not part.strip():
+            continue
+        for path in [part] if os.path.exists(part) else _unfold(part):
+            _refuse_remote(path)
+            paths.extend(_local(os.path.abspath(os.path.expanduser(path))))
+            if len(paths) > MAX_SHARDS:
+                raise ValueError(
+                    f"expand: at most {MAX_SHARDS} shards are allowed; {part!r} names more. "
+                    "Check the range in the braces"
+                )
+    if not paths:
+        raise ValueError(
+            f"expand: expected at least one shard; got {spec!r}. Give paths of .tar files, for "
+            "example '/data/cc3m/{00000..00331}.tar'"
+        )
+    return paths
+
+
+def _refuse_remote(part: str) -> None:
+    if part.startswith("pipe:") or _SCHEME.match(part):
+        raise ValueError(
+            f"expand: shards must be local files; got {part!r}. Mount the remote storage (for "
+            "example with s3fs, gcsfuse or rclone mount) or copy the shards to a local disk first"
+        )
+
+
+def _unfold(text: str) -> Iterator[str]:
+    """Brace expansion; braces with neither a range nor a comma are plain characters."""
+    start = text.find("{")
+    while start >= 0:
+        end, commas = _group(text, start)
+        choices = _choices(text, start, end, commas)
+        if choices is not None:
+            for choice in choices:
+                for middle in _unfold(choice):
+                    for tail in _unfold(text[end + 1 :]):
+                        yield text[:start] + middle + tail
+            return
+        start = text.find("{", start + 1)
+    yield text
+
+
+def _group(text: str, start: int) -> tuple[int, list[int]]:
+    """Where the brace opened at start closes (-1: never), and the commas on its own level."""
+    depth, commas = 0, []
+    for position in range(start, len(text)):
+        character = text[position]
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 1:
+            commas.append(position)
+        if depth == 0:
+            return position, commas
+    return -1, []
+
+
+def _choices(text: str, start: int, end: int, commas: list[int]) -> Iterator[str] | None:
+    if end < 0:
+        return None
+    if commas:
+        edges = [start, *commas, end]
+        return (text[low + 1 : high] for low, high in itertools.pairwise(edges))
+    numbers = _RANGE.fullmatch(text[start + 1 : end])
+    if not numbers:
+        return None
+    first, last = numbers[1], numbers[2]
+    padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    return (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
+
+
+def _local(path: str) -> list[str]:
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        missing = f"expand: the folder {path} holds no .tar file. Is it the right folder?"
+    elif glob.has_magic(path) and not os.path.exists(path):
+        found = sorted(glob.glob(path))
+        missing = f"expand: no file matches {path!r}. Check the pattern"
+    else:
+        return [path]
+    if not found:
+        raise FileNotFoundError(missing)
+    return found

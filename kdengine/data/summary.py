@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that `kdengine index` prints."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from kdengine.data.causes import ARCHIVE_CAUSES, SAMPLE_CAUSES
+from kdengine.data.index import DatasetIndex
+
+_NOTES = {
+    "ignored-members": "members that are no image, caption or label",
+    "ignored-images": "second images of a sample; the first of jpg, png, jpeg, webp is taken",
+    "no-end-mark": "archives without the blocks of zeros at the end; nothing is lost",
+}
+
+
+def summary_table(index: DatasetIndex) -> Table:
+    """Counts of an index for a person: what is kept, what is not and why, and the speed."""
+    counts = index.summary()
+    table = Table(title="index", title_justify="left", caption=_footer(index))
+    table.caption_justify = "left"
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("meaning")
+    table.add_row("samples", f"{counts['samples']:,}", "found in the archives")
+    table.add_row("kept", f"{counts['kept']:,}", f"with {counts['captions']:,} captions")
+    table.add_row("quarantined", f"{counts['quarantined']:,}", "see quarantine.jsonl")
+    table.add_row("shards", f"{counts['shards']:,}", f"{counts['shards_used']:,} of them used")
+    for known, found in (
+        (SAMPLE_CAUSES, counts["causes"]),
+        (ARCHIVE_CAUSES, counts["archives"]),
+        (_NOTES, counts["notes"]),
+    ):
+        if found:
+            table.add_section()
+        for cause, meaning in known.items():
+            if cause in found:
+                table.add_row(cause, f"{found[cause]:,}", meaning)
+    return table
+
+
+def _footer(index: DatasetIndex) -> str:
+    stats = index.stats
+    lines = []
+    if stats.num_shards:
+        rate = stats.num_samples / max(stats.validate_time_s, 1e-9)
+        lines.append(
+            f"validated {stats.num_samples:,} samples of {stats.num_shards:,} shards in "
+            f"{stats.validate_time_s:.1f} s ({rate:,.0f} samples/s)"
+        )
+    if stats.num_captions:
+        rate = stats.num_captions / max(stats.tokenize_time_s, 1e-9)
+        lines.append(
+            f"tokenised {stats.num_captions:,} captions in {stats.tokenize_time_s:.1f} s "
+            f"({rate:,.0f} captions/s)"
+        )
+    if not lines:
+        lines.append("the index was up to date")
+    return "\n".join([*lines, *index.quarantine_paths])

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validate every sample of one shard: image, caption or label, unique key."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from kdengine.data.archive import Member, Sample, scan_archive
+from kdengine.data.captions import (
+    MAX_CAPTION_BYTES,
+    MAX_JSON_BYTES,
+    parse_label,
+    sample_captions,
+)
+from kdengine.data.causes import Fault
+from kdengine.data.decode import MAX_BATCH, Check, find_failures
+from kdengine.data.imageheader import check_header
+
+Require = Literal["caption", "label"]
+
+# bounds on what one batch of images may hold at once: 100 MB decoded, 64 MiB encoded
+BATCH_PIXELS = 2**25
+BATCH_BYTES = 2**26
+# an 8-bit image in its largest form: uncompressed with alpha, and a little for the headers
+BYTES_PER_PIXEL = 4
+HEADER_BYTES = 2**20
+
+
+class Rules(NamedTuple):
+    """What makes a sample good; another choice makes another index."""
+
+    max_pixels: int
+    require: Require
+
+
+class GoodSample(NamedTuple):
+    """A sample to train on: where its image lies, its captions (may be none with labels)."""
+
+    key: str
+    offset: int
+    size: int
+    captions: list[str]
+    label: int
+
+
+class BadSample(NamedTuple):
+    """A quarantined sample."""
+
+    key: str
+    fault: Fault
+
+
+@dataclass
+class ShardContents:
+    """Everything known about one shard; good and bad samples are all samples."""
+
+    good: list[GoodSample] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
+    fault: Fault | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+class _Candidate(NamedTuple):
+    position: int
+    sample: GoodSample
+    image: bytes
+    num_pixels: int
+
+
+def validate_shard(
+    path: str,
+    rules: Rules,
+    check: Check,
+    advance: Callable[[int, int], None] = lambda num_samples, num_bytes: None,
+) -> ShardContents:
+    """Read a shard once and tell its good samples from its bad ones.
+
+    Args:
+        path: the tar archive.
+        rules: what a good sample is.
+        check: decides whether a batch of encoded images decodes.
+        advance: called with the samples and bytes that were dealt with since the last call.
+
+    Memory: one batch of images, at most 64 or as many as `BATCH_PIXELS` and `BATCH_BYTES` allow
+    (a single larger image is a batch of its own), and the captions of the shard.
+    """
+    archive = scan_archive(path)
+    contents = ShardContents(fault=archive.fault, notes=archive.notes)
+    if not archive.samples:
+        return contents
+    verdicts: list[GoodSample | BadSample | None] = [None] * len(archive.samples)
+    with open(path, "rb", buffering=0) as file:
+        candidates = _candidates(file.fileno(), archive.samples, rules, verdicts)
+        done, end = 0, 0
+        for batch in _batches(candidates):
+            failures = find_failures([candidate.image for candidate in batch], check)
+            for number, candidate in enumerate(batch):
+                verdicts[candidate.position] = (
+                    BadSample(candidate.sample.key, failures[number])
+                    if number in failures
+                    else candidate.sample
+                )
+            last = batch[-1]
+            reached = max(end, last.sample.offset + last.sample.size)
+            advance(last.position + 1 - done, reached - end)
+            done, end = last.position + 1, reached
+        advance(len(verdicts) - done, os.fstat(file.fileno()).st_size - end)
+    contents.good = [verdict for verdict in verdicts if isinstance(verdict, GoodSample)]
+    contents.bad = [verdict for verdict in verdicts if isinstance(verdict, BadSample)]
+    if not contents.good and contents.fault is None:
+        contents.fault = Fault("archive-no-good-sample", f"{len(contents.bad)} samples, all bad")
+    return contents
+
+
+def _candidates(
+    fd: int,
+    samples: list[Sample],
+    rules: Rules,
+    verdicts: list[GoodSample | BadSample | None],
+) -> Iterator[_Candidate]:
+    """The samples that only a decoder can still condemn; verdicts on the others are written."""
+    for position, sample in enumerate(samples):
+        try:
+            found = _inspect(fd, position, sample, rules)
+        except OSError as error:
+            found = Fault("member-unreadable", str(error))
+        if isinstance(found, Fault):
+            verdicts[position] = BadSample(sample.key, found)
+        else:
+            yield found
+
+
+def _inspect(fd: int, position: int, sample: Sample, rules: Rules) -> _Candidate | Fault:
+    member = sample.image()
+    fault = _member_fault(sample, member, rules.max_pixels)
+    if fault is not None or member is None:
+        return fault or Fault("image-missing", "no image member")
+    image = os.pread(fd, member.size, member.offset)
+    header = check_header(image, rules.max_pixels)
+    if isinstance(header, Fault):
+        return header
+    captions = sample_captions(
+        _read(fd, sample.text("txt"), MAX_CAPTION_BYTES + 4),
+        _read(fd, sample.text("json"), MAX_JSON_BYTES),
+    )
+    label = _label(_read(fd, sample.text("cls"), 1024))
+    needed = captions if rules.require == "caption" else label
+    if isinstance(needed, Fault):
+        return needed
+    good = GoodSample(
+        sample.key,
+        member.offset,
+        member.size,
+        captions if isinstance(captions, list) else [],
+        label if isinstance(label, int) else -1,
+    )
+    return _Candidate(position, good, image, header.width * header.height)
+
+
+def _member_fault(sample: Sample, member: Member | None, max_pixels: int) -> Fault | None:
+    if sample.is_duplicate:
+        return Fault("duplicate-key", "the first sample of this key is the one that counts")
+    if member is None:
+        return Fault("image-missing", "members: ." + " .".join(sample.members))
+    if not member.is_file:
+        return Fault("image-link", "the image member is not a plain file")
+    if not member.is_whole:
+        return Fault("image-truncated", "the archive ends inside the image")
+    if member.size > max_pixels * BYTES_PER_PIXEL + HEADER_BYTES:
+        return Fault("image-bytes", f"{member.size} bytes, too many for {max_pixels} pixels")
+    return None
+
+
+def _read(fd: int, member: Member | None, limit: int) -> bytes | None:
+    """The member's bytes, of an oversized one a byte more than the limit; None without member."""
+    return None if member is None else os.pread(fd, min(member.size, limit + 1), member.offset)
+
+
+def _label(data: bytes | None) -> int | Fault:
+    return Fault("label-missing", "no .cls member") if data is None else parse_label(data)
+
+
+def _batches(candidates: Iterator[_Candidate]) -> Iterator[list[_Candidate]]:
+    batch: list[_Candidate] = []
+    num_pixels = num_bytes = 0
+    for candidate in candidates:
+        num_pixels += candidate.num_pixels
+        num_bytes += len(candidate.image)
+        full = len(batch) == MAX_BATCH or num_pixels > BATCH_PIXELS or num_bytes > BATCH_BYTES
+        if batch and full:
+            yield batch
+            batch = []
+            num_pixels, num_bytes = candidate.num_pixels, len(candidate.image)
+        batch.append(candidate)
+    if batch:
+        yield batch

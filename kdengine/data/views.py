@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tower wants to see: the size of its images and how they are normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One square view of every image.
+
+    `size` is the side in pixels; `mean` and `std` are per channel on the scale 0 to 1, as in
+    open_clip: out = (pixel / 255 - mean) / std.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"ViewSpec: size must be at least 1 pixel, got {self.size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"ViewSpec: mean and std need 3 values each, std above 0; "
+                f"got mean={self.mean}, std={self.std}"
+            )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shard lists as people write them."""
+
+from pathlib import Path
+
+import pytest
+
+from kdengine.data.shards import expand
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        pytest.param("/d/a.tar", ["/d/a.tar"], id="plain"),
+        pytest.param("/d/{8..11}.tar", ["/d/8.tar", "/d/9.tar", "/d/10.tar", "/d/11.tar"], id="range"),
+        pytest.param("/d/{008..010}", ["/d/008", "/d/009", "/d/010"], id="padded"),
+        pytest.param("/d/{2..0}", ["/d/2", "/d/1", "/d/0"], id="downwards"),
+        pytest.param("/d/{a,b}{0..1}", ["/d/a0", "/d/a1", "/d/b0", "/d/b1"], id="product"),
+        pytest.param("/d/{a,{b,c}d}", ["/d/a", "/d/bd", "/d/cd"], id="nested"),
+        pytest.param("/d/{x}{", ["/d/{x}{"], id="braces-that-say-nothing"),
+        pytest.param("/d/{a,b", ["/d/{a,b"], id="unclosed"),
+        pytest.param("/a.tar::/b{0..1}.tar", ["/a.tar", "/b0.tar", "/b1.tar"], id="joined"),
+        pytest.param(["/a.tar", "/b.tar::/c.tar"], ["/a.tar", "/b.tar", "/c.tar"], id="sequence"),
+        pytest.param("/a.tar::/a.tar", ["/a.tar", "/a.tar"], id="twice"),
+    ],
+)  # fmt: skip
+def test_specification_names_paths(spec: str | list[str], expected: list[str]) -> None:
+    assert expand(spec) == expected
+
+
+def test_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expand("a.tar") == [str(tmp_path / "a.tar")]
+
+
+def test_folder_stands_for_its_archives(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar", "a.txt"):
+        (tmp_path / name).touch()
+    assert expand(str(tmp_path)) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+
+
+def test_wildcard_is_sorted(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar"):
+        (tmp_path / name).touch()
+    assert expand(str(tmp_path / "*.tar")) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+
+
+def test_existing_file_with_braces_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "{0..1}.tar").touch()
+    assert expand(str(tmp_path / "{0..1}.tar")) == [str(tmp_path / "{0..1}.tar")]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["pipe:aws s3 cp s3://b/0.tar -", "s3://bucket/{0..9}.tar", "https://x/0.tar", "/a::gs://b/0"],
+)
+def test_remote_shards_are_refused_with_advice(spec: str) -> None:
+    with pytest.raises(ValueError, match="must be local files.*Mount.*or copy"):
+        expand(spec)
+
+
+@pytest.mark.parametrize("spec", ["", "::", []])
+def test_empty_list_is_refused(spec: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="at least one shard"):
+        expand(spec)
+
+
+def test_endless_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 1000000 shards"):
+        expand("/d/{0..999999999999}.tar")
+
+
+@pytest.mark.parametrize("name", ["", "*.tar"], ids=["folder", "wildcard"])
+def test_nothing_found_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no"):
+        expand(f"{tmp_path}/{name}")
