@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``kdengine eval`` does: load a model, evaluate it in one process, show a table."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from kdengine.data.index import MAX_PIXELS
+from kdengine.evaluate.evaluator import run_evaluation
+from kdengine.evaluate.sets import parse_eval_sets
+from kdengine.models import Student, load_model
+
+
+def evaluate_command(
+    model: str,
+    *,
+    retrieval: Sequence[str] = (),
+    zeroshot: Sequence[str] = (),
+    batch_size: int = 128,
+    index_dir: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    num_threads: int = 4,
+    out: str | Path | None = None,
+    title: str | None = None,
+) -> Table:
+    """Evaluate a model on sets of shards, on the GPU if there is one.
+
+    Args:
+        model: folder of an export, ``local-dir:PATH``, or ``ARCHITECTURE@TAG`` of open_clip, where
+            a checkpoint file may stand for the tag.
+        retrieval: see ``parse_eval_sets``.
+        zeroshot: see ``parse_eval_sets``.
+        batch_size: images in a forward pass.
+        index_dir: folder of the indexes, where the shards' own cannot be written.
+        max_pixels: see ``ensure_index``.
+        num_threads: decoding threads.
+        out: also write ``{"<set>/<metric>": value}`` to this JSON file.
+        title: of the table; the model by default.
+
+    Returns:
+        A table of all metrics.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: see ``parse_eval_sets``, ``load_model`` and
+            ``Evaluator``.
+    """
+    sets = parse_eval_sets(retrieval, zeroshot)
+    if not sets:
+        raise ValueError(
+            "kdengine eval: expected at least one set; give --retrieval NAME=SHARDS or "
+            "--zeroshot NAME=SHARDS"
+        )
+    tower, spec = open_model(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metrics = run_evaluation(
+        tower.to(device),
+        spec,
+        sets,
+        batch_size=batch_size,
+        index_dir=index_dir,
+        max_pixels=max_pixels,
+        num_threads=num_threads,
+        device=device,
+        progress=True,
+    )
+    assert metrics is not None
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    return metrics_table(metrics, title or model)
+
+
+def open_model(model: str) -> Student:
+    """The model that a word of the command line means; see ``evaluate_command``.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: see ``load_model``.
+    """
+    name, at, pretrained = model.rpartition("@")
+    if not at or Path(model).is_dir() or model.startswith("local-dir:"):
+        return load_model(model)
+    return load_model(name, pretrained)
+
+
+def metrics_table(metrics: dict[str, float], title: str) -> Table:
+    """One row a metric: shares in percent, ranks as they are."""
+    table = Table(title=title, title_justify="left")
+    for column in ("set", "metric"):
+        table.add_column(column)
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        where, _, metric = name.partition("/")
+        shown = f"{value:.1f}" if metric.endswith("_rank") else f"{100 * value:.2f} %"
+        table.add_row(where, metric, shown)
+    return table

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a two-tower model on named data sets, on all ranks, as often as wanted."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from kdengine import distributed
+from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
+from kdengine.data.loader import ViewSpec, build_loader
+from kdengine.data.tokenize import load_tokenizer
+from kdengine.evaluate.embed import Abandoned, ShouldStop
+from kdengine.evaluate.retrieval import evaluate_retrieval
+from kdengine.evaluate.sets import EvalSet
+from kdengine.evaluate.zeroshot import check_labels, evaluate_zeroshot
+from kdengine.models import TowerSpec, TwoTower
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Opens the data sets once; then ``run`` evaluates a model on them, as often as wanted.
+
+    Every rank of ``group`` makes one and calls ``run`` together with the others.
+
+    Args:
+        spec: what the model eats.
+        sets: the data sets.
+        batch_size: images in a forward pass of a rank; also captions and prompts.
+        index_dir: folder of the indexes, where the shards' own cannot be written.
+        max_pixels: see ``ensure_index``.
+        num_threads: decoding threads of a rank.
+        group: the ranks that share the work; None for one process.
+        device: where the model will be.
+        progress: show a bar on rank 0.
+
+    Raises:
+        ValueError: labels and class names do not fit.
+        RuntimeError: a data set could not be opened; on every rank alike.
+    """
+
+    def __init__(
+        self,
+        spec: TowerSpec,
+        sets: Sequence[EvalSet],
+        *,
+        batch_size: int = 128,
+        index_dir: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        num_threads: int = 2,
+        group: ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = False,
+    ) -> None:
+        self.spec, self.sets = spec, list(sets)
+        self.batch_size, self.num_threads = batch_size, num_threads
+        self.group, self.device = group, torch.device(device)
+        self.progress = progress and distributed.rank(group) == 0
+        seen = spec.preprocess
+        if (seen.interpolation, seen.resize_mode) != ("bicubic", "shortest"):
+            logger.warning(
+                "%s was trained with images resized by %s, %s; it is evaluated with bicubic, "
+                "shortest, which may cost it some accuracy",
+                spec.name,
+                seen.interpolation,
+                seen.resize_mode,
+            )
+        self.tokenizer = load_tokenizer(spec.tokenizer)
+        self.indexes = [
+            _first_then_all(partial(_open, one, index_dir, max_pixels, self.progress), group)
+            for one in self.sets
+        ]
+
+    def run(
+        self, model: TwoTower, *, should_stop: ShouldStop | None = None
+    ) -> dict[str, float] | None:
+        """Evaluate; the model's training flag is restored afterwards.
+
+        Batch-norm statistics differ between ranks; those of rank 0 count, and are written to the
+        others.
+
+        Args:
+            model: on ``device``, with its whole weights.
+            should_stop: asked after every batch on every rank; true on all ranks together gives up.
+
+        Returns:
+            ``{"<set>/<metric>": value}``, the same on every rank; None when given up.
+
+        Raises:
+            RuntimeError: an embedding is not finite; on every rank alike.
+        """
+        training = model.training
+        model.eval()
+        try:
+            _share_buffers(model, self.group)
+            metrics: dict[str, float] = {}
+            for one, index in zip(self.sets, self.indexes, strict=True):
+                found = self._run_one(model, one, index, should_stop)
+                metrics |= {f"{one.name}/{name}": value for name, value in found.items()}
+            return metrics
+        except Abandoned:
+            return None
+        finally:
+            model.train(training)
+
+    def _run_one(
+        self, model: TwoTower, one: EvalSet, index: DatasetIndex, should_stop: ShouldStop | None
+    ) -> dict[str, float]:
+        preprocess, world = self.spec.preprocess, distributed.world_size(self.group)
+        loader: Any = build_loader(
+            index,
+            views={"image": ViewSpec(preprocess.size, preprocess.mean, preprocess.std)},
+            tokenizers={},
+            batch_size=self.batch_size,
+            rank=distributed.rank(self.group),
+            world_size=world,
+            num_threads=self.num_threads,
+            seed=0,
+            train=False,
+            device_id=_device_id(self.device),
+        )
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "group": self.group,
+            "device": self.device,
+            "should_stop": should_stop,
+        }
+        try:
+            batches: Any = loader
+            if self.progress:
+                from rich.progress import track
+
+                total = -(-index.num_samples // (self.batch_size * world))
+                batches = track(loader, f"evaluating {one.name}", total, transient=True)
+            if one.kind == "retrieval":
+                texts = index.texts(np.arange(index.num_samples))
+                return evaluate_retrieval(model, batches, texts, self.tokenizer, **options)
+            names, templates = one.read_classnames(), one.read_templates()
+            return evaluate_zeroshot(
+                model, batches, index.labels(), names, templates, self.tokenizer, **options
+            )
+        finally:
+            loader.close()
+
+
+def run_evaluation(
+    model: TwoTower,
+    spec: TowerSpec,
+    sets: Sequence[EvalSet],
+    *,
+    should_stop: ShouldStop | None = None,
+    **options: Any,
+) -> dict[str, float] | None:
+    """Open the data sets, evaluate once: ``Evaluator(spec, sets, **options).run(model)``.
+
+    Returns:
+        ``{"<set>/<metric>": value}``, the same on every rank; None when ``should_stop`` gave up.
+
+    Raises:
+        ValueError, RuntimeError: see ``Evaluator``.
+    """
+    return Evaluator(spec, sets, **options).run(model, should_stop=should_stop)
+
+
+def _open(one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool) -> DatasetIndex:
+    index = ensure_index(
+        one.shards,
+        index_dir=index_dir,
+        max_pixels=max_pixels,
+        require="caption" if one.kind == "retrieval" else "label",
+        progress=progress,
+    )
+    if index.num_samples == 0:
+        raise ValueError(f"evaluation set {one.name}: no good sample in {one.shards}")
+    tars = [shard.tar for shard in index.shards]
+    if twice := {tar for tar in tars if tars.count(tar) > 1}:
+        raise ValueError(
+            f"evaluation set {one.name}: every sample counts once; listed twice: {sorted(twice)}"
+        )
+    if one.kind == "zeroshot":
+        labels = torch.as_tensor(index.labels())
+        check_labels(labels, len(one.read_classnames()), f"set {one.name}")
+    return index
+
+
+def _first_then_all(work: Callable[[], DatasetIndex], group: ProcessGroup | None) -> DatasetIndex:
+    """Let rank 0 index while the others wait; they find the index made. Errors reach every rank."""
+    if group is None:
+        return work()
+    index, failure = None, None
+    if distributed.rank(group) == 0:
+        try:
+            index = work()
+        except Exception as error:
+            failure = error
+    box = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    if failure is not None:
+        raise failure
+    if box[0] is not None:
+        raise RuntimeError(f"rank 0 could not open an evaluation set: {box[0]}")
+    return work() if index is None else index
+
+
+def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:
+    if group is None:
+        return
+    source = dist.get_global_rank(group, 0)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=source, group=group)
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index

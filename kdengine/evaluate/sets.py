@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which data sets to evaluate on, and how the configuration writes them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kdengine.evaluate.zeroshot import IMAGENET, read_classnames, read_templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A data set to evaluate on.
+
+    Attributes:
+        name: prefix of its metrics.
+        shards: as for training data.
+        kind: ``retrieval`` uses the captions, ``zeroshot`` the ``.cls`` members.
+        classnames: file of class names, or ``imagenet``; zero-shot sets only.
+        templates: file of prompt templates, or ``imagenet``; zero-shot sets only.
+    """
+
+    name: str
+    shards: str
+    kind: Literal["retrieval", "zeroshot"]
+    classnames: str | None = None
+    templates: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(
+                f"evaluation set: a name is made of letters, digits, '.', '_' and '-', got "
+                f"{self.name!r}"
+            )
+        if not self.shards:
+            raise ValueError(f"evaluation set {self.name}: expected shards, got nothing")
+        if self.kind == "zeroshot" and not (self.classnames and self.templates):
+            raise ValueError(
+                f"evaluation set {self.name}: zero-shot classification needs class names and "
+                f"templates; give both files, or the word {IMAGENET}"
+            )
+
+    def read_classnames(self) -> list[str]:
+        """The class names; empty for retrieval."""
+        return read_classnames(self.classnames) if self.classnames else []
+
+    def read_templates(self) -> list[str]:
+        """The prompt templates; empty for retrieval."""
+        return read_templates(self.templates) if self.templates else []
+
+
+def parse_eval_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[EvalSet]:
+    """Read the words of the configuration: ``NAME=SHARDS`` or ``NAME=SHARDS;CLASSNAMES;TEMPLATES``.
+
+    Without the two files, ``X-zeroshot.tar`` (also ``X-zeroshot-{000..009}.tar``) takes
+    ``X-classnames.txt`` and ``X-templates.txt`` beside it.
+
+    Raises:
+        ValueError: a malformed word, a name that occurs twice, or no files to be found.
+        FileNotFoundError: the class names or templates do not exist.
+    """
+    sets = [EvalSet(name=n, shards=s, kind="retrieval") for n, s in map(_split, retrieval)]
+    for word in zeroshot:
+        name, rest = _split(word)
+        shards, *files = (part.strip() for part in rest.split(";"))
+        if not files:
+            found = re.fullmatch(r"(.*)-zeroshot[^/]*", shards)
+            if not found:
+                raise ValueError(
+                    f"evaluation set {name}: give 'NAME=SHARDS;CLASSNAMES;TEMPLATES', or shards "
+                    f"named X-zeroshot.tar with X-classnames.txt beside them; got {word!r}"
+                )
+            files = [f"{found.group(1)}-classnames.txt", f"{found.group(1)}-templates.txt"]
+        if len(files) != 2:
+            raise ValueError(
+                f"evaluation set {name}: expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES', got {word!r}"
+            )
+        one = EvalSet(
+            name=name, shards=shards, kind="zeroshot", classnames=files[0], templates=files[1]
+        )
+        one.read_classnames()
+        one.read_templates()
+        sets.append(one)
+    names = [one.name for one in sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"evaluation sets: names must differ; given twice: {sorted(twice)}")
+    return sets
+
+
+def _split(word: str) -> tuple[str, str]:
+    name, equals, rest = word.partition("=")
+    if not equals or not name.strip() or not rest.strip() or "/" in name:
+        raise ValueError(f"evaluation set: expected 'NAME=SHARDS', got {word!r}")
+    return name.strip(), rest.strip()

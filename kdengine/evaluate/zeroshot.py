@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero-shot classification: class names and prompt templates against images."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_images, embed_texts
+from kdengine.evaluate.retrieval import first_positive
+from kdengine.models import TwoTower
+
+IMAGENET = "imagenet"
+PLACES = ("{}", "{c}")
+
+
+def read_classnames(path: str) -> list[str]:
+    """Class names, one a line, line number (from 0) = class; ``imagenet`` for open_clip's 1000.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is empty or a line is blank.
+    """
+    if path == IMAGENET:
+        from kdengine.models.prompts import imagenet_classnames
+
+        return imagenet_classnames()
+    names = _lines(path, "class names")
+    blank = [number for number, name in enumerate(names) if not name]
+    if blank or not names:
+        raise ValueError(
+            f"class names {path}: one name a line, line number = class; "
+            f"{f'line {blank[0] + 1} is blank' if blank else 'the file is empty'}"
+        )
+    return names
+
+
+def read_templates(path: str) -> list[str]:
+    """Prompt templates, one a line, ``{}`` or ``{c}`` for the name; ``imagenet`` for OpenAI's 80.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: there is none, or a line lacks the place of the name.
+    """
+    if path == IMAGENET:
+        from kdengine.models.prompts import imagenet_templates
+
+        return imagenet_templates()
+    templates = [line for line in _lines(path, "templates") if line]
+    for template in templates:
+        _place(template, path)
+    if not templates:
+        raise ValueError(f"templates {path}: expected one template a line, the file is empty")
+    return templates
+
+
+def fill(template: str, name: str) -> str:
+    """The template with the class name in its place; other braces mean nothing."""
+    return template.replace(_place(template, "fill"), name)
+
+
+def class_embeddings(
+    model: TwoTower,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Tokenizer,
+    **options: Any,
+) -> Tensor:
+    """One unit embedding a class: the normalised mean over templates of normalised embeddings.
+
+    Returns:
+        [C, D], fp32, the same on every rank; equal to the columns of
+        ``open_clip.build_zero_shot_classifier``.
+
+    Raises:
+        RuntimeError: an embedding is not finite.
+    """
+    texts = [fill(template, name) for name in classnames for template in templates]
+    rows = embed_texts(model, texts, tokenizer, **options)
+    return F.normalize(rows.view(len(classnames), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def zeroshot_metrics(
+    image: Tensor, classes: Tensor, labels: Tensor, *, group: ProcessGroup | None = None
+) -> dict[str, float]:
+    """Accuracy of the nearest class.
+
+    Of classes at equal similarity the one of smaller number wins.
+
+    Shapes: image [n, D], classes [C, D] normalised; labels [n] in [0, C).
+
+    Returns:
+        ``zeroshot-top1``, ``zeroshot-top5`` (1 for five classes or fewer) and
+        ``zeroshot-mean-per-class-recall`` over the classes that have an image; fractions.
+    """
+    number = torch.arange(len(classes), device=classes.device)
+    labels = labels.to(image.device)
+    position = first_positive(image, classes, labels, number, group=group)
+    correct = (position < 1).double()
+    total = torch.bincount(labels, minlength=len(classes)).double()
+    hits = torch.zeros_like(total).index_add_(0, labels, correct)
+    return {
+        "zeroshot-top1": float(correct.mean()),
+        "zeroshot-top5": float((position < 5).double().mean()),
+        "zeroshot-mean-per-class-recall": float((hits[total > 0] / total[total > 0]).mean()),
+    }
+
+
+def evaluate_zeroshot(
+    model: TwoTower,
+    loader: Iterable[Mapping[str, Tensor]],
+    labels: Any,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 256,
+    group: ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    should_stop: ShouldStop | None = None,
+) -> dict[str, float]:
+    """Zero-shot classification of a data set.
+
+    Args:
+        model: in evaluation mode.
+        loader: see ``embed_images``.
+        labels: class of each sample [n], in the order of sample numbers.
+        classnames: name of each class.
+        templates: prompts with ``{}`` or ``{c}``.
+        tokenizer: list of n texts -> token ids [n, context].
+        batch_size: prompts in a forward pass.
+        group: the ranks that share the work; None for one process.
+        device: where the model is.
+        should_stop: see ``embed_images``.
+
+    Returns:
+        See ``zeroshot_metrics``; the same on every rank.
+
+    Raises:
+        ValueError: a label is not the number of a class.
+        RuntimeError: samples are missing or doubled, or embeddings are not finite.
+    """
+    label = torch.as_tensor(labels).to(torch.int64)
+    check_labels(label, len(classnames), "evaluate_zeroshot")
+    shared = {"group": group, "device": device, "should_stop": should_stop}
+    classes = class_embeddings(
+        model, classnames, templates, tokenizer, batch_size=batch_size, **shared
+    )
+    image = embed_images(model, loader, len(label), **shared)  # type: ignore[arg-type]
+    return zeroshot_metrics(image, classes, label, group=group)
+
+
+def check_labels(labels: Tensor, num_classes: int, who: str) -> None:
+    """Refuse labels that are no class, naming the first.
+
+    Raises:
+        ValueError: there is no label, or one lies outside [0, num_classes).
+    """
+    wrong = (labels < 0) | (labels >= num_classes)
+    if not len(labels) or bool(wrong.any()):
+        first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
+        what = f"sample {first} has label {int(labels[first])}" if first >= 0 else "no sample"
+        raise ValueError(
+            f"{who}: expected labels from 0 to {num_classes - 1}, one for each class name; {what} "
+            f"({int(wrong.sum())} of {len(labels)} are wrong; -1 means no .cls member); do the "
+            "class names belong to these shards?"
+        )
+
+
+def _lines(path: str, what: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{what}: cannot read {path} ({error.strerror}); give the path of a text file, or the "
+            f"word {IMAGENET}"
+        ) from None
+
+
+def _place(template: str, source: str) -> str:
+    for place in PLACES:
+        if place in template:
+            return place
+    raise ValueError(
+        f"templates ({source}): expected {{}} or {{c}} where the class name goes, got {template!r}"
+    )
