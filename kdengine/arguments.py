@@ -82,11 +82,14 @@ def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/trai
 def _one_length(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """Let a length given on the command line replace the recipe's, in steps or in epochs."""
     given = {word.partition("=")[0] for word in words}
-    for mine, other in (("steps", "epochs"), ("epochs", "steps")):
-        if f"--train.{mine}" in given and f"--train.{other}" not in given:
-            train = dataclasses.replace(config.train, **{other: None})
-            config = dataclasses.replace(config, train=train)
-    return config
+    steps, epochs = "--train.steps" in given, "--train.epochs" in given
+    if steps == epochs:
+        return config
+    train = config.train
+    train = (
+        dataclasses.replace(train, epochs=None) if steps else dataclasses.replace(train, steps=None)
+    )
+    return dataclasses.replace(config, train=train)
 
 
 def _unknown(words: Sequence[str]) -> str | None:

@@ -38,7 +38,7 @@ class Data:
     """Samples in an epoch of synthetic data; shards know their own number."""
     index_dir: str | None = None
     """Folder for the index, where the shards' own folder cannot be written."""
-    max_pixels: int = 50_000_000
+    max_pixels: int = 89_478_485
     """An image whose header states more pixels is quarantined before any decode."""
     caption: Literal["random", "first"] = "random"
     """Which of a sample's captions a step uses."""
@@ -138,7 +138,8 @@ class Train:
     """Length in passes over the data; give this or steps."""
     steps: int | None = None
     """Length in optimiser steps; give this or epochs."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "amp_bf16"] = "fp32"
+    """'bf16' casts the student and keeps fp32 masters; 'amp_bf16' computes in bf16 from fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + parameters sharded."""
     deepspeed_config: str | None = None
@@ -193,7 +194,15 @@ class Run:
     """0 saves by steps and at the end only."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    timeout_minutes: float = 20.0
+    """A rank that keeps the others waiting for longer ends the run."""
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        every, keep, wait = self.log_every_n_steps, self.keep_last, self.timeout_minutes
+        _check("run", "log_every_n_steps", every, "a number of steps >= 1", every >= 1)
+        _check("run", "keep_last", keep, "a number of checkpoints >= 1", keep >= 1)
+        _check("run", "timeout_minutes", wait, "a time > 0", wait > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

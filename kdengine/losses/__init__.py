@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on feature tensors: pure functions with ``group=`` and ``backend=``, and two modules."""
+
+from kdengine.losses.clip import ClipLoss, DistillClipLoss
+from kdengine.losses.named import (
+    cluster_cross_entropy,
+    cluster_kl,
+    contrastive_relational,
+    feature,
+    feature_loss,
+    info_nce,
+    interactive_contrastive,
+    logit_kl,
+)
+from kdengine.losses.similarity import (
+    SimilarityTerms,
+    similarity_loss,
+    similarity_lse,
+    similarity_terms,
+)
+
+__all__ = [
+    "ClipLoss",
+    "DistillClipLoss",
+    "SimilarityTerms",
+    "cluster_cross_entropy",
+    "cluster_kl",
+    "contrastive_relational",
+    "feature",
+    "feature_loss",
+    "info_nce",
+    "interactive_contrastive",
+    "logit_kl",
+    "similarity_loss",
+    "similarity_lse",
+    "similarity_terms",
+]

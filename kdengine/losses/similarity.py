@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relational losses: arithmetic on the statistics of one similarity matrix.
+
+``similarity_terms`` is the primitive, ``similarity_loss`` its weighted sum, ``similarity_lse`` the
+piece from which other softmaxes are built. None of them stores a matrix of rows x columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdengine.distributed import Group
+from kdengine.losses import inputs
+from kdengine.losses.inputs import Scale, Teachers, TeacherScales
+from kdengine.losses.sweep import Reduced, sweep, sweep_rows
+
+
+class SimilarityTerms(NamedTuple):
+    """The unweighted terms of ``similarity_loss``; soft cross-entropy = soft term + entropy."""
+
+    hard_rows: Tensor
+    hard_cols: Tensor
+    soft_rows: Tensor
+    soft_cols: Tensor
+    teacher_entropy_rows: Tensor
+    teacher_entropy_cols: Tensor
+
+
+def similarity_loss(
+    query: Tensor,
+    key: Tensor,
+    scale: Scale,
+    *,
+    labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    teacher_query: Teachers = None,
+    teacher_key: Teachers = None,
+    teacher_scale: TeacherScales = None,
+    hard_rows: float = 0.5,
+    hard_cols: float = 0.5,
+    soft_rows: float = 0.0,
+    soft_cols: float = 0.0,
+    normalize: bool = False,
+    keys: str = "gathered",
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted sum of ``similarity_terms``; a term of weight 0 is not computed.
+
+    ``hard_rows * mean_i CE(p_i, labels_i) + hard_cols * mean_j CE(p_j, col_labels_j)
+    + soft_rows * mean_i KL(q_i || p_i) + soft_cols * mean_j KL(q_j || p_j)``
+
+    Shapes, gradients, memory, communication: as ``similarity_terms``.
+    Returns: 0-D, nats; float64 if a feature is, else float32.
+    Raises: as ``similarity_terms``; ValueError for a soft weight without a teacher.
+    Source: InfoNCE (Radford et al. 2021); CLIP-KD eq. 4-10; TinyCLIP, CLIP-CID, ComKD-CLIP.
+    """
+    weights = (hard_rows, hard_cols, soft_rows, soft_cols)
+    for weight in weights:
+        if not isinstance(weight, int | float):
+            raise TypeError(
+                f"similarity_loss: a weight is a float; {type(weight).__name__} came; weigh the "
+                "terms of similarity_terms with tensors"
+            )
+    if teacher_query is None and (soft_rows or soft_cols):
+        raise ValueError(
+            f"similarity_loss: soft_rows={soft_rows} and soft_cols={soft_cols} need a teacher; "
+            "none came; give teacher_query, teacher_key and teacher_scale"
+        )
+    terms = similarity_terms(
+        query,
+        key,
+        scale,
+        labels=labels,
+        col_labels=col_labels,
+        teacher_query=teacher_query,
+        teacher_key=teacher_key,
+        teacher_scale=teacher_scale,
+        hard_rows=hard_rows != 0,
+        hard_cols=hard_cols != 0,
+        soft_rows=soft_rows != 0,
+        soft_cols=soft_cols != 0,
+        normalize=normalize,
+        keys=keys,
+        group=group,
+        backend=backend,
+    )
+    # switched off terms are zeros outside the graph
+    return sum(
+        (w * term for w, term in zip(weights, terms, strict=False) if w != 0),
+        start=torch.zeros_like(terms.hard_rows),
+    )
+
+
+def similarity_terms(
+    query: Tensor,
+    key: Tensor,
+    scale: Scale,
+    *,
+    labels: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    teacher_query: Teachers = None,
+    teacher_key: Teachers = None,
+    teacher_scale: TeacherScales = None,
+    hard_rows: bool = True,
+    hard_cols: bool = True,
+    soft_rows: bool = True,
+    soft_cols: bool = True,
+    normalize: bool = False,
+    keys: str = "gathered",
+    group: Group = None,
+    backend: str = "auto",
+) -> SimilarityTerms:
+    """Hard and soft cross-entropies of a similarity matrix along rows and columns, in one sweep.
+
+    With ``Z = scale query key^T``, ``T = teacher_scale teacher_query teacher_key^T``,
+    p = softmax(Z) and q = softmax(T) along rows or columns:
+
+    * ``hard_rows = mean_i -log p_i[labels_i]``, ``hard_cols = mean_j -log p_j[col_labels_j]``
+    * ``soft_rows = mean_i KL(q_i || p_i)``, ``soft_cols = mean_j KL(q_j || p_j)``
+    * ``teacher_entropy = mean H(q)``, detached
+
+    Shapes: query (B, D), key (M, D), L2-normalised rows unless ``normalize``; ``scale`` a float,
+    0-D or [1] tensor; labels (B,) and col_labels (M,) int64, by default i and j; teacher_query
+    (B, E), teacher_key (M, E), or tuples for K teachers, of which soft terms take the mean over k
+    of KL(q_k || p).
+    Returns: ``SimilarityTerms``, 0-D, nats; float64 if a feature is, else float32. A term that is
+    switched off, or that lacks a teacher, is not computed and is zero.
+    Gradients: query, key (skipped for a constant key), scale; each term may get its own upstream
+    gradient. First order only. Teachers are constants.
+    Memory: O(B + M) statistics and a few strips of rows, forward and backward; never B x M.
+    Communication: see ``sweep``. With a group, B and M are this rank's, label numbers are global,
+    and each rank gets the terms of its own rows and its own columns; their mean over ranks is the
+    loss, and feature gradients are W times its gradient, for an averaging optimiser. ``keys``:
+    ``gathered`` (key rows are spread over the ranks like the batch), ``replicated`` (the same on
+    every rank, which then all return the whole column terms), ``sharded`` (class-parallel: each
+    rank holds some columns; their gradient is the loss's own, not to be averaged).
+    Raises: ValueError or TypeError for shapes, dtypes, labels and names that do not fit, and for
+    unequal B over ranks; RuntimeError for a backend that cannot run and under ``create_graph``.
+    """
+    who = "similarity_terms"
+    features = inputs.check_features(
+        who, query, key, scale, teacher_query, teacher_key, teacher_scale, normalize
+    )
+    has_teacher = len(features.teacher_query) > 0
+    rows, cols = sweep(
+        who,
+        features,
+        labels,
+        col_labels,
+        hard=(hard_rows, hard_cols),
+        soft=(soft_rows and has_teacher, soft_cols and has_teacher),
+        keys=keys,
+        group=group,
+        backend=backend,
+    )
+    off = features.query.new_zeros((), dtype=features.dtype)
+    kl_rows, entropy_rows = soft_terms(rows) if rows and soft_rows and has_teacher else (off, off)
+    kl_cols, entropy_cols = soft_terms(cols) if cols and soft_cols and has_teacher else (off, off)
+    return SimilarityTerms(
+        hard_term(rows) if rows and hard_rows else off,
+        hard_term(cols) if cols and hard_cols else off,
+        kl_rows,
+        kl_cols,
+        entropy_rows,
+        entropy_cols,
+    )
+
+
+def similarity_lse(
+    query: Tensor,
+    key: Tensor,
+    scale: Scale,
+    *,
+    exclude: Tensor | None = None,
+    normalize: bool = False,
+    keys: str = "gathered",
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-sum-exp of every row of the similarity matrix, without column ``exclude[i]``.
+
+    ``lse_i = log sum_{j != exclude_i} exp(scale <query_i, key_j>)``
+
+    Other softmaxes follow: ``softplus(lse - z_label)`` is a cross-entropy (with
+    ``z_label = scale cos(theta + m)`` one with a margin), ``lse - sum q z`` one with sparse soft
+    targets or several positives.
+
+    Shapes: query (B, D), key (M, D), exclude (B,) int64 global column numbers.
+    Returns: (B,), nats; float64 if a feature is, else float32; -inf where nothing is left.
+    Gradients, memory, communication, raises: as ``similarity_terms``.
+    """
+    who = "similarity_lse"
+    features = inputs.check_features(who, query, key, scale, normalize=normalize)
+    rows = sweep_rows(who, features, exclude, keys, group, backend)
+    return rows.statistics.others
+
+
+def hard_term(side: Reduced) -> Tensor:
+    """Mean cross-entropy against the labels; infinite if a label names no cell."""
+    stats = side.statistics
+    loss = -F.logsigmoid(stats.positive - stats.others)
+    return side.mean(torch.where(side.has_positive, loss, torch.inf))
+
+
+def soft_terms(side: Reduced) -> tuple[Tensor, Tensor]:
+    """Mean KL(q || p) and mean entropy of q, relative to the positives."""
+    stats, has = side.statistics, side.has_positive
+    student = log_sum(stats.others, stats.positive, has)
+    teacher = log_sum(stats.teacher_others, stats.teacher_positive, has)
+    # the teacher's mass outside the positive: everything where there is none
+    outside = torch.where(has, (stats.teacher_others - stats.teacher_positive).sigmoid(), 1)
+    shift = stats.teacher_positive - stats.positive
+    divergence = student - teacher + outside * (stats.gap - shift)
+    entropy = teacher + outside * (stats.teacher_positive - stats.teacher_mean)
+    return side.mean(divergence), side.mean(entropy).detach()
+
+
+def log_sum(others: Tensor, positive: Tensor, has: Tensor) -> Tensor:
+    """Log-sum-exp of a whole row, minus its positive (0 where there is none)."""
+    return torch.where(has, -F.logsigmoid(positive - others), others)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The papers' methods: one file each, all built by ``build_method``."""
+
+from dataclasses import asdict
+
+from torch.distributed import ProcessGroup
+
+from kdengine import config
+from kdengine.methods.base import Distillation, Method
+from kdengine.methods.clip import Clip
+from kdengine.methods.clip_kd import ClipKD
+
+__all__ = ["Clip", "ClipKD", "Distillation", "Method", "build_method", "needs_teacher"]
+
+METHODS: dict[str, type[Method]] = {"clip": Clip, "clip_kd": ClipKD}
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether the method of this name wants a teacher."""
+    return METHODS[name].needs_teacher
+
+
+def build_method(
+    method: config.Method,
+    *,
+    student_width: int,
+    teacher_width: int | None,
+    group: ProcessGroup | None = None,
+) -> Method:
+    """Build the configured method.
+
+    Args:
+        method: the configuration; its field named like the method holds the method's own settings.
+        student_width: width of the student's embeddings.
+        teacher_width: width of the teacher's, None without a teacher.
+        group: the ranks that share a batch; None for one process.
+
+    Raises:
+        ValueError: the method needs a teacher and there is none.
+    """
+    if method.name == "clip":
+        return Clip(group=group)
+    if teacher_width is None:
+        raise ValueError(
+            f"method {method.name}: expected a teacher, got none; name one with "
+            "--distill.distill-model, or use --method.name clip"
+        )
+    return ClipKD(student_width, teacher_width, **asdict(method.clip_kd), group=group)

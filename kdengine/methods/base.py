@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is, and the one root module that the training engine sees."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from kdengine.models import Features, TwoTower
+
+
+class Method(nn.Module, ABC):
+    """Turns student and teacher features into loss terms; owns the heads and scales it learns.
+
+    Attributes:
+        weights: weight of each term that is computed; a term of weight 0 does not appear in it.
+        needs_teacher: whether ``forward`` wants teacher features.
+    """
+
+    needs_teacher: bool = True
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight != 0}
+        if not self.weights:
+            raise ValueError(
+                f"{type(self).__name__}: every weight is 0 ({dict(weights)}); "
+                "set at least one term's weight above 0"
+            )
+
+    @abstractmethod
+    def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
+        """The unweighted scalar terms, one for each name in ``weights``.
+
+        Further scalars, worth a place in the log, may stand beside them under other names.
+        """
+
+    def log_scales(self) -> list[nn.Parameter]:
+        """Learnable log scales to be kept within [0, ln 100] after every optimiser step."""
+        return []
+
+
+class Distillation(nn.Module):
+    """Student, heads and learnable scales in one module, so that ZeRO knows every parameter."""
+
+    def __init__(self, student: TwoTower, method: Method) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+
+    def forward(
+        self, image: Tensor, tokens: Tensor, teacher: Features | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step's loss.
+
+        Formula: ``loss = sum_k weights[k] * terms[k]``, the only place where terms are weighted.
+
+        Shapes: image [b, 3, S, S], tokens [b, context], teacher embeddings [b, E].
+
+        Returns:
+            The loss of this rank's rows and columns, fp32, in nats (the mean over ranks is the
+            loss of the global batch), and the detached unweighted terms, with the student's
+            exponentiated scale under the name ``scale``.
+
+        Raises:
+            ValueError: the method needs a teacher and none was given.
+        """
+        if self.method.needs_teacher and teacher is None:
+            raise ValueError(
+                f"{type(self.method).__name__}: expected teacher features, got None; "
+                "name a teacher with --distill.distill-model, or use --method.name clip"
+            )
+        student: Features = self.student(image, tokens)
+        terms: dict[str, Tensor] = self.method(student, teacher)
+        weighted = [weight * terms[name] for name, weight in self.method.weights.items()]
+        logged = {name: term.detach() for name, term in terms.items()}
+        logged["scale"] = student.scale.detach().squeeze()
+        return sum(weighted[1:], weighted[0]), logged
+
+    def log_scales(self) -> list[nn.Parameter]:
+        """The log scales of student and method to be kept within [0, ln 100]."""
+        return [self.student.log_scale, *self.method.log_scales()]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain CLIP training, without a teacher (Radford et al. 2021)."""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdengine.losses import similarity_loss
+from kdengine.methods.base import Method
+from kdengine.models import Features
+
+
+class Clip(Method):
+    """InfoNCE over the global batch: ``1/2 CE(rows) + 1/2 CE(columns)``."""
+
+    needs_teacher = False
+
+    def __init__(self, *, group: ProcessGroup | None = None, backend: str = "auto") -> None:
+        super().__init__({"task": 1.0})
+        self.group, self.backend = group, backend
+
+    def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
+        """The InfoNCE term, named ``task``; the teacher is ignored."""
+        task = similarity_loss(
+            student.image,
+            student.text,
+            student.scale,
+            normalize=True,
+            group=self.group,
+            backend=self.backend,
+        )
+        return {"task": task}

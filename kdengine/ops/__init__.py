@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Custom ops: schema, autograd and the choice of a backend; no process groups, no config."""
+
+from kdengine.ops.feature import feature
+from kdengine.ops.similarity import Statistics, similarity
+
+__all__ = ["Statistics", "feature", "similarity"]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an op: one table and one function.
+
+A backend of an op is a module with two plain functions, ``forward`` and ``backward``, of the same
+signatures in every backend. A new one is one more entry in ``MODULES``.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cuda", "triton", "torch")
+MODULES = {
+    ("similarity", "torch"): "kdengine.ops.similarity_torch",
+    ("similarity", "triton"): "kdengine_kernels.similarity",
+    ("feature", "torch"): "kdengine.ops.feature_torch",
+    ("feature", "triton"): "kdengine_kernels.feature",
+}
+logger = logging.getLogger("kdengine")
+
+
+def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
+    """The module that runs ``op`` on these tensors.
+
+    ``auto`` takes the fastest backend for the device, and logs it once; a backend asked for by
+    name runs or raises.
+
+    Raises: ValueError for an unknown name; RuntimeError for a backend that cannot run, with why.
+    """
+    check_name(op, requested)
+    device = tensors[0].device.type
+    name = "torch" if requested == "auto" else requested
+    reason = why_not(op, name, device)
+    if reason:
+        raise RuntimeError(
+            f"{op}: backend {requested!r} was asked for, but {reason}; "
+            "use backend='auto' or backend='torch'"
+        )
+    if requested == "auto":
+        _log_once(op, name, device)
+    return importlib.import_module(MODULES[op, name])
+
+
+def check_name(op: str, requested: str) -> None:
+    """Raise ValueError unless ``requested`` is the name of a backend."""
+    if requested not in BACKENDS:
+        raise ValueError(f"{op}: backend is one of {BACKENDS}; {requested!r} came")
+
+
+def why_not(op: str, name: str, device: str) -> str | None:
+    """Why a backend cannot run here, or None if it can."""
+    if (op, name) not in MODULES:
+        return f"this build of kdengine has no {name} implementation of {op}"
+    if name == "torch":
+        return None
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs an NVIDIA GPU and the tensors are on {device!r}"
+    module = MODULES[op, name]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error})"
+    return None
+
+
+@functools.cache
+def _log_once(op: str, name: str, device: str) -> None:
+    logger.info("%s on %s runs on the %s backend", op, device, name)
+
+
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    """Losses, statistics and logits are float64 if an input is, else float32."""
+    is_double = any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def refuse_create_graph(op: str) -> None:
+    """Raise RuntimeError where a backward is asked to be differentiable itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: gradients are of first order only; create_graph=True came; take second "
+            "derivatives of the dense functions in kdengine.reference"
+        )

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op ``similarity``: log-sum-exps over a similarity matrix that is never stored.
+
+With ``Z = scale * query @ key.T`` (B x M) and, for each teacher, ``T`` likewise, one sweep gives
+for every row i and every column j a few numbers, from which every relational loss follows by
+arithmetic on vectors (``kdengine/losses``). For row i with positive l = labels_i, for instance:
+
+    others    lse_{j != l} Z_ij                 -log p_l = softplus(others - positive)
+    positive  Z_il, 0 without a positive
+    gap       sum_{j != l} q_j (T_ij - Z_ij)    q = softmax_{j != l} T_ij
+    mean      sum_{j != l} w_j Z_ij             w = softmax of the matrix the mean belongs to
+
+Their gradients are exact and independent, so a loss may weigh, merge over ranks, or replace any
+of them (a margin changes ``positive``). Sums without the positive keep small probabilities exact:
+1 - p_l is computed as p's sum over the others, never as a difference from 1.
+
+Memory: O(B + M) statistics and a few strips of the matrix, in the forward and in the backward.
+The backend is chosen at call time (``_backend.py``); each is a pair of plain functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdengine.ops import _backend
+
+
+class Statistics(NamedTuple):
+    """What one side (the rows, or the columns) of the matrix is reduced to.
+
+    Student: vectors (n,). Teachers: (K, n), constants except ``gap``. ``mean`` is a constant.
+    """
+
+    others: Tensor
+    positive: Tensor
+    mean: Tensor
+    teacher_others: Tensor
+    teacher_positive: Tensor
+    gap: Tensor
+    teacher_mean: Tensor
+
+
+def similarity(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    *,
+    teacher_query: Sequence[Tensor] = (),
+    teacher_key: Sequence[Tensor] = (),
+    teacher_scale: Tensor | None = None,
+    rows: bool = True,
+    cols: bool = True,
+    soft_rows: bool = False,
+    soft_cols: bool = False,
+    means: bool = False,
+    backend: str = "auto",
+) -> tuple[Statistics | None, Statistics | None]:
+    """Statistics of the rows and of the columns; None for a side that is switched off.
+
+    Shapes: query (B, D), key (M, D), scale 0-D, labels (B,) and col_labels (M,) int64, where a
+    number outside the matrix means "no positive"; K teachers (B, E_k), (M, E_k), teacher_scale
+    (K,). B and M at least 1.
+    Returns: ``Statistics`` in nats, float64 if any feature is, else float32. ``mean`` holds
+    numbers only with ``means=True``, the teachers' fields only on soft sides.
+    Gradients: query, key and scale, in their dtypes; no second derivatives.
+    Memory: O(B + M) results, O(M) strips of workspace, and float32 copies of low precision inputs.
+    Raises: RuntimeError for a backend that cannot run, and under ``create_graph=True``.
+    """
+    _backend.check_name("similarity", backend)
+    if teacher_scale is None:
+        teacher_scale = scale.new_empty(0)
+    row_stats, col_stats, teacher_rows, teacher_cols = _forward(
+        query,
+        key,
+        scale,
+        labels,
+        col_labels,
+        list(teacher_query),
+        list(teacher_key),
+        teacher_scale,
+        rows,
+        cols,
+        soft_rows,
+        soft_cols,
+        means,
+        backend,
+    )
+    return (
+        _unpack(row_stats, teacher_rows, means) if rows else None,
+        _unpack(col_stats, teacher_cols, means) if cols else None,
+    )
+
+
+def _unpack(student: Tensor, teachers: Tensor, means: bool) -> Statistics:
+    constant = teachers.detach()
+    return Statistics(
+        others=student[0],
+        positive=student[1],
+        mean=student[2].detach() if means else student.new_empty(0),
+        teacher_others=constant[:, 0],
+        teacher_positive=constant[:, 1],
+        gap=teachers[:, 2],
+        teacher_mean=constant[:, 3],
+    )
+
+
+@torch.library.custom_op("kdengine::similarity_forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: list[Tensor],
+    teacher_key: list[Tensor],
+    teacher_scale: Tensor,
+    rows: bool,
+    cols: bool,
+    soft_rows: bool,
+    soft_cols: bool,
+    means: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = _backend.choose("similarity", [query, key], backend)
+    # logits are never rounded to a low precision, whatever the caller's autocast says
+    with torch.autocast(query.device.type, enabled=False):
+        return module.forward(
+            query,
+            key,
+            scale,
+            labels,
+            col_labels,
+            teacher_query,
+            teacher_key,
+            teacher_scale,
+            rows,
+            cols,
+            soft_rows,
+            soft_cols,
+            means,
+        )
+
+
+@_forward.register_fake
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: list[Tensor],
+    teacher_key: list[Tensor],
+    teacher_scale: Tensor,
+    rows: bool,
+    cols: bool,
+    soft_rows: bool,
+    soft_cols: bool,
+    means: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _backend.statistics_dtype(query, key, *teacher_query, *teacher_key)
+    num_rows, num_cols = query.shape[0], key.shape[0]
+    count = len(teacher_query)
+
+    def student(on: bool, size: int) -> Tensor:
+        return query.new_empty(2 + means, size if on else 0, dtype=dtype)
+
+    def teachers(on: bool, size: int) -> Tensor:
+        return query.new_empty(count if on else 0, 4, size if on else 0, dtype=dtype)
+
+    return (
+        student(rows, num_rows),
+        student(cols, num_cols),
+        teachers(soft_rows, num_rows),
+        teachers(soft_cols, num_cols),
+    )
+
+
+@torch.library.custom_op("kdengine::similarity_backward", mutates_args=())
+def _backward(
+    grads: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: list[Tensor],
+    teacher_key: list[Tensor],
+    teacher_scale: Tensor,
+    statistics: list[Tensor],
+    need_query: bool,
+    need_key: bool,
+    need_scale: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = _backend.choose("similarity", [query, key], backend)
+    with torch.autocast(query.device.type, enabled=False):
+        return module.backward(
+            grads,
+            query,
+            key,
+            scale,
+            labels,
+            col_labels,
+            teacher_query,
+            teacher_key,
+            teacher_scale,
+            statistics,
+            need_query,
+            need_key,
+            need_scale,
+        )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grads: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: list[Tensor],
+    teacher_key: list[Tensor],
+    teacher_scale: Tensor,
+    statistics: list[Tensor],
+    need_query: bool,
+    need_key: bool,
+    need_scale: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if need_query else (0,)),
+        key.new_empty(key.shape if need_key else (0,)),
+        scale.new_empty(() if need_scale else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *features, teacher_query, teacher_key, teacher_scale = inputs[:8]
+    ctx.save_for_backward(*features, teacher_scale, *output, *teacher_query, *teacher_key)
+    ctx.backend = inputs[-1]
+
+
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple:
+    _backend.refuse_create_graph("similarity")
+    query, key, scale, labels, col_labels, teacher_scale, *rest = ctx.saved_tensors
+    statistics, teachers = rest[:4], rest[4:]
+    num_teachers = len(teachers) // 2
+    needs = ctx.needs_input_grad[:3]
+    gradients = _backward(
+        list(grads),
+        query,
+        key,
+        scale,
+        labels,
+        col_labels,
+        teachers[:num_teachers],
+        teachers[num_teachers:],
+        teacher_scale,
+        statistics,
+        *needs,
+        ctx.backend,
+    )
+    found = [x if need else None for x, need in zip(gradients, needs, strict=True)]
+    no_lists = [[None] * num_teachers, [None] * num_teachers]
+    return (*found, None, None, *no_lists, *[None] * 7)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

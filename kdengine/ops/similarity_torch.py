@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``torch`` backend of ``similarity``: strips of rows, on any device.
+
+Both sweeps walk over strips of C rows and hold a few C x M buffers, whatever B is. The forward
+reduces each strip along its rows (complete at once) and along its columns (merged over strips
+with a running maximum, so that no logit overflows or vanishes). The backward computes the strip
+again, writes the gradient of its logits, and multiplies it into both features' gradients; teacher
+and student are subtracted before these products, in full precision.
+
+A *positive* is the one cell of a row (or column) that its label names. Sums leave it out, so that
+confident positives keep their relative accuracy. A label outside the matrix names no cell.
+
+Legend: B rows, M columns, C rows of a strip, K teachers; D and E widths.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdengine.ops._backend import statistics_dtype
+
+# one buffer of a strip: large enough for fast products, small enough to stay in cache
+STRIP_BYTES = 2 << 20
+MIN_STRIP_ROWS = 16
+
+
+class Cells(NamedTuple):
+    """Where the positives of a strip lie along ``dim``, and which of them are in it."""
+
+    places: Tensor
+    inside: Tensor
+    dim: int
+
+    def take(self, strip: Tensor) -> Tensor:
+        """What stands at the positives (anything where there is none)."""
+        return strip.gather(self.dim, self.places)
+
+    def put(self, strip: Tensor, values: Tensor) -> None:
+        """Overwrite the positives."""
+        strip.scatter_(self.dim, self.places, torch.where(self.inside, values, self.take(strip)))
+
+
+class Sums(NamedTuple):
+    """A strip reduced along one dimension, positives left out, relative to ``top``.
+
+    ``total`` is the sum of exponentials; ``weighted`` are sums that have them as weights.
+    """
+
+    top: Tensor
+    total: Tensor
+    positive: Tensor
+    weighted: list[Tensor]
+
+    def merge(self, other: "Sums") -> "Sums":
+        """The sums over two disjoint sets of rows."""
+        top = torch.maximum(self.top, other.top)
+        mine, theirs = (self.top - top).exp(), (other.top - top).exp()
+        weighted = zip(self.weighted, other.weighted, strict=True)
+        return Sums(
+            top,
+            self.total * mine + other.total * theirs,
+            self.positive + other.positive,
+            [a * mine + b * theirs for a, b in weighted],
+        )
+
+    def pack(self) -> Tensor:
+        """Log-sum-exp, positive and weighted means, one row each."""
+        # the largest exponential is 1, so a total below 1 is the 0 of an empty sum
+        means = [x / self.total.clamp(min=1) for x in self.weighted]
+        lse = self.top + self.total.log()
+        return torch.stack([x.flatten() for x in (lse, self.positive, *means)])
+
+
+class Side:
+    """One direction of the matrix: ``dim`` 1 reduces rows, ``dim`` 0 reduces columns."""
+
+    def __init__(self, dim: int, labels: Tensor) -> None:
+        self.dim = dim
+        self.labels = labels
+        self.parts: dict[int, list[Sums]] = {}
+
+    def cells(self, rows: slice, num_cols: int) -> Cells:
+        """The positives inside the strip of these rows."""
+        if self.dim == 1:
+            local, size = self.labels[rows], num_cols
+        else:
+            local, size = self.labels - rows.start, rows.stop - rows.start
+        places, inside = local.clamp(0, size - 1), (local >= 0) & (local < size)
+        return Cells(places.unsqueeze(self.dim), inside.unsqueeze(self.dim), self.dim)
+
+    def across(self, vector: Tensor, rows: slice) -> Tensor:
+        """What of a vector of this side belongs to the strip, shaped to broadcast over it."""
+        return (vector[rows] if self.dim == 1 else vector).unsqueeze(self.dim)
+
+    def add(self, source: int, sums: Sums) -> None:
+        """Take in a strip's sums; source 0 is the student, k the k-th teacher."""
+        parts = self.parts.setdefault(source, [])
+        if self.dim == 0 and parts:
+            parts[0] = parts[0].merge(sums)
+        else:
+            parts.append(sums)
+
+    def result(self, source: int) -> Tensor:
+        """The packed sums of all strips."""
+        return torch.cat([sums.pack() for sums in self.parts[source]], dim=1)
+
+
+class Product:
+    """Strips of ``scale * left @ right.T``, in full precision."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.left = left.to(dtype)
+        self.right = right.to(dtype)
+        # scaled once here instead of once a logit
+        self.scaled = self.left * scale.to(dtype)
+
+    def strip(self, rows: slice, out: Tensor) -> Tensor:
+        """The logits of some rows."""
+        return torch.mm(self.scaled[rows], self.right.mT, out=out[: rows.stop - rows.start])
+
+
+def products(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
+    teacher_scale: Tensor,
+) -> list[Product]:
+    """The student's product, then those of the teachers."""
+    dtype = statistics_dtype(query, key, *teacher_query, *teacher_key)
+    teachers = zip(teacher_query, teacher_key, teacher_scale, strict=True)
+    return [Product(query, key, scale, dtype), *(Product(u, v, r, dtype) for u, v, r in teachers)]
+
+
+def cut(student: Product) -> tuple[list[slice], Tensor]:
+    """Strips of about STRIP_BYTES, and a buffer that holds the tallest."""
+    num_rows, num_cols = len(student.left), len(student.right)
+    height = max(MIN_STRIP_ROWS, STRIP_BYTES // (num_cols * student.left.itemsize))
+    height = min(height, num_rows)
+    strips = [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
+    return strips, student.left.new_empty(height, num_cols)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
+    teacher_scale: Tensor,
+    on_rows: bool,
+    on_cols: bool,
+    soft_rows: bool,
+    soft_cols: bool,
+    means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
+    student, *teachers = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    row_side, col_side = Side(1, labels), Side(0, col_labels)
+    hard = [row_side] * on_rows + [col_side] * on_cols
+    soft = [row_side] * soft_rows + [col_side] * soft_cols
+    teachers = teachers if soft else []
+    strips, z = cut(student)
+    work, temp = torch.empty_like(z), torch.empty_like(z)
+    t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
+    for rows in strips:
+        here = slice(rows.stop - rows.start)
+        logits = student.strip(rows, z)
+        weigh = [logits] if means else []
+        for side in hard:
+            cells = side.cells(rows, z.shape[1])
+            side.add(0, reduce(logits, cells, weigh, work[here], temp[here]))
+        for k, teacher in enumerate(teachers, start=1):
+            targets = teacher.strip(rows, t)
+            weigh = [torch.sub(targets, logits, out=gap[here]), targets]
+            for side in soft:
+                cells = side.cells(rows, z.shape[1])
+                side.add(k, reduce(targets, cells, weigh, work[here], temp[here]))
+    sources = range(1, 1 + len(teachers))
+    return (
+        row_side.result(0) if on_rows else z.new_empty(2 + means, 0),
+        col_side.result(0) if on_cols else z.new_empty(2 + means, 0),
+        torch.stack([row_side.result(k) for k in sources]) if soft_rows else z.new_empty(0, 4, 0),
+        torch.stack([col_side.result(k) for k in sources]) if soft_cols else z.new_empty(0, 4, 0),
+    )
+
+
+def reduce(z: Tensor, cells: Cells, weigh: Sequence[Tensor], work: Tensor, temp: Tensor) -> Sums:
+    """Reduce a strip of logits along ``cells.dim``; ``weigh`` are strips to average as well."""
+    positive = cells.take(z)
+    cells.put(z, torch.full_like(positive, -torch.inf))
+    # clamped, so that it is finite also where the positive was all there is
+    top = z.amax(cells.dim, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+    torch.sub(z, top, out=work).exp_()
+    cells.put(z, positive)
+    weighted = [torch.mul(work, x, out=temp).sum(cells.dim, keepdim=True) for x in weigh]
+    total = work.sum(cells.dim, keepdim=True)
+    return Sums(top, total, torch.where(cells.inside, positive, 0), weighted)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    labels: Tensor,
+    col_labels: Tensor,
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
+    teacher_scale: Tensor,
+    statistics: Sequence[Tensor],
+    need_query: bool,
+    need_key: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and scale; one that is not needed is empty."""
+    sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    student = sources[0]
+    row_side, col_side = Side(1, labels), Side(0, col_labels)
+    row_pulls = pulls(row_side, statistics[0], grads[0], statistics[2], grads[2])
+    col_pulls = pulls(col_side, statistics[1], grads[1], statistics[3], grads[3])
+    need_left = need_query or need_scale
+    left = torch.empty_like(student.left if need_left else student.left[:0])
+    right = torch.zeros_like(student.right if need_key else student.right[:0])
+    strips, z = cut(student)
+    g, work = torch.empty_like(z), torch.empty_like(z)
+    for strip in strips:
+        here = slice(strip.stop - strip.start)
+        residual = g[here].zero_()
+        for k, source in enumerate(sources):
+            wanted = [pull for pull in (*row_pulls, *col_pulls) if pull.source == k]
+            logits = source.strip(strip, z) if wanted else z
+            for pull in wanted:
+                residual.add_(pull.on(strip, logits, work[here]))
+        if need_left:
+            torch.mm(residual, student.right, out=left[strip])
+        if need_key:
+            right.addmm_(residual.mT, student.scaled[strip])
+    # with z = scale * cosine, the scale's gradient is the radial part of the features'
+    grad_scale = (left * student.left).sum() if need_scale else left.new_empty(0)
+    return (
+        left.mul_(scale).to(query.dtype) if need_query else query.new_empty(0),
+        right.to(key.dtype) if need_key else key.new_empty(0),
+        grad_scale.to(scale.dtype),
+    )
+
+
+class Pull(NamedTuple):
+    """One softmax in the gradient of the logits: ``weight * exp(logits - lse)``.
+
+    At the positives stands ``positive`` instead.
+    """
+
+    source: int
+    side: Side
+    lse: Tensor
+    weight: Tensor
+    positive: Tensor
+
+    def on(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
+        """The term on one strip."""
+        torch.sub(logits, self.side.across(self.lse, rows), out=out).exp_()
+        out.mul_(self.side.across(self.weight, rows))
+        # replaces also what may have overflowed: a positive can be far above the others
+        self.side.cells(rows, out.shape[1]).put(out, self.side.across(self.positive, rows))
+        return out
+
+
+def pulls(
+    side: Side, student: Tensor, grad: Tensor, teachers: Tensor, teacher_grad: Tensor
+) -> list[Pull]:
+    """The softmaxes of one side: the student's, then those of the teachers."""
+    found = []
+    if student.numel():
+        found.append(Pull(0, side, student[0], grad[0], grad[1]))
+    for k in range(len(teachers)):
+        weight = -teacher_grad[k, 2]
+        found.append(Pull(1 + k, side, teachers[k, 0], weight, torch.zeros_like(weight)))
+    return found

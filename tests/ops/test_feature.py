@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op ``feature`` on torch: dense truth, custom op contract, strips, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdengine.ops import feature, feature_torch
+from kdengine.ops.feature import _backward, _forward
+
+SHAPES = [(1, 1), (2, 3), (63, 65), (65, 37), (127, 5)]
+
+
+def pair(num_rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return (3 * torch.randn(num_rows, width)).to(dtype), torch.randn(num_rows, width).to(dtype)
+
+
+def dense(student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return (student - teacher).square().sum(1)
+
+
+def with_gradient(function, student: Tensor, teacher: Tensor, normalize: bool) -> list[Tensor]:
+    student = student.detach().clone().requires_grad_()
+    distances = function(student, teacher, normalize=normalize)
+    weights = torch.linspace(0.5, 2, len(student), dtype=distances.dtype)
+    return [distances.detach(), *torch.autograd.grad((weights * distances).sum(), student)]
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalised"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_distances_and_gradient_equal_the_dense_ones(shape: tuple, normalize: bool) -> None:
+    args = (*pair(*shape), normalize)
+    for x, truth in zip(with_gradient(feature, *args), with_gradient(dense, *args), strict=True):
+        torch.testing.assert_close(x, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_distances_of_low_precision_rows_are_float32(dtype: torch.dtype) -> None:
+    student, teacher = pair(65, 37, dtype)
+    distances, gradient = with_gradient(feature, student, teacher, True)
+    truth = with_gradient(dense, student.double(), teacher.double(), True)
+    assert (distances.dtype, gradient.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(distances.double(), truth[0], rtol=1e-6, atol=1e-6)
+    error = (gradient.double() - truth[1]).norm() / truth[1].norm()
+    assert error < max(1e-6, torch.finfo(dtype).eps)
+
+
+def test_rows_of_length_zero_stay_finite_as_in_torch() -> None:
+    student, teacher = pair(4, 3)
+    student[1], student[2], teacher[2] = 0, 1e-14, 0
+    ours = with_gradient(feature, student, teacher, True)
+    for x, truth in zip(ours, with_gradient(dense, student, teacher, True), strict=True):
+        torch.testing.assert_close(x, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_height_of_the_strips_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (*pair(63, 5), True)
+    truth = with_gradient(feature, *args)
+    monkeypatch.setattr(feature_torch, "STRIP_BYTES", 2 * 5 * 8)
+    for x, y in zip(with_gradient(feature, *args), truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-14)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    student, teacher = pair(7, 6)
+    strided = (student.T.contiguous().T, torch.stack([teacher, teacher], 1)[:, 0], True)
+    for x, y in zip(
+        with_gradient(feature, *strided),
+        with_gradient(feature, student, teacher, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-14)
+
+
+def test_autocast_changes_nothing() -> None:
+    student, teacher = pair(9, 8, torch.float32)
+    plain = with_gradient(feature, student, teacher, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = with_gradient(feature, student, teacher, True)
+    assert all(torch.equal(x, y) for x, y in zip(plain, mixed, strict=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalised"])
+def test_gradcheck(normalize: bool) -> None:
+    student, teacher = pair(5, 4)
+    assert torch.autograd.gradcheck(
+        lambda x: feature(x, teacher, normalize=normalize), student.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    student, teacher = pair(5, 4, dtype)
+    torch.library.opcheck(_backward, (torch.rand(5), student, teacher, True, "auto"))
+    torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, "auto"))
+
+
+def test_compiles_to_one_graph() -> None:
+    args = (*pair(6, 5), True)
+    compiled = torch.compile(feature, fullgraph=True, backend="aot_eager")
+    for x, y in zip(with_gradient(compiled, *args), with_gradient(feature, *args), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_create_graph_is_refused() -> None:
+    student, teacher = pair(3, 2)
+    distances = feature(student.requires_grad_(), teacher)
+    with pytest.raises(RuntimeError, match="feature: gradients are of first order only"):
+        torch.autograd.grad(distances.sum(), student, create_graph=True)
+
+
+def test_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="feature: backend is one of .*; 'numpy' came"):
+        feature(*pair(2, 2), backend="numpy")

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op ``similarity`` on torch: dense truth, custom op contract, strips, memory, refusals."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdengine.ops import Statistics, _backend, similarity, similarity_torch
+from kdengine.ops.similarity import _backward, _forward
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 2),
+    (3, 2, 7, 11),
+    (63, 65, 37, 13),
+    (127, 63, 31, 64),
+    (65, 127, 8, 3),
+]
+
+
+def unit(rows: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
+
+
+def problem(num_rows: int, num_cols: int, width: int, teacher_width: int) -> dict:
+    """Two teachers, labels that repeat, and some rows and columns without a positive."""
+    labels = torch.randint(0, num_cols, (num_rows,))
+    col_labels = torch.randint(0, num_rows, (num_cols,))
+    labels[5::7], col_labels[5::7] = -1, num_rows
+    return {
+        "query": unit(num_rows, width),
+        "key": unit(num_cols, width),
+        "scale": torch.tensor(9.0, dtype=torch.float64),
+        "labels": labels,
+        "col_labels": col_labels,
+        "teacher_query": [unit(num_rows, teacher_width), unit(num_rows, width)],
+        "teacher_key": [unit(num_cols, teacher_width), unit(num_cols, width)],
+        "teacher_scale": torch.tensor([20.0, 3.0], dtype=torch.float64),
+    }
+
+
+def dense_side(z: Tensor, teachers: list[Tensor], labels: Tensor) -> Statistics:
+    cells = labels[:, None] == torch.arange(z.shape[1])
+
+    def others(x: Tensor) -> Tensor:
+        return x.masked_fill(cells, -torch.inf).logsumexp(1)
+
+    def mean(weights: Tensor, x: Tensor) -> Tensor:
+        p = weights.masked_fill(cells, -torch.inf).softmax(1).nan_to_num(0)
+        return (p * x).sum(1)
+
+    return Statistics(
+        others(z),
+        (z * cells).sum(1),
+        mean(z, z),
+        torch.stack([others(t) for t in teachers]),
+        torch.stack([(t * cells).sum(1) for t in teachers]),
+        torch.stack([mean(t, t - z) for t in teachers]),
+        torch.stack([mean(t, t) for t in teachers]),
+    )
+
+
+def dense(p: dict) -> tuple[Statistics, Statistics]:
+    z = p["scale"] * p["query"] @ p["key"].T
+    teachers = [
+        r * u @ v.T
+        for u, v, r in zip(p["teacher_query"], p["teacher_key"], p["teacher_scale"], strict=True)
+    ]
+    rows = dense_side(z, teachers, p["labels"])
+    cols = dense_side(z.T, [t.T for t in teachers], p["col_labels"])
+    return rows, cols
+
+
+def run(p: dict, **options) -> tuple[Statistics, Statistics]:
+    options = {"soft_rows": True, "soft_cols": True, "means": True} | options
+    return similarity(**p, **options)
+
+
+def with_gradients(function, p: dict, names: tuple[str, ...] = ("query", "key", "scale")) -> tuple:
+    """All statistics, and the gradients of a sum of them with random weights."""
+    p = p | {name: p[name].detach().clone().requires_grad_() for name in names}
+    outputs = [x for side in function(p) for x in side]
+    learned = [side[i] for side in (outputs[:7], outputs[7:]) for i in (0, 1, 5)]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.rand(x.shape, generator=generator, dtype=torch.float64) for x in learned]
+    total = sum((w * x)[x > -torch.inf].sum() for w, x in zip(weights, learned, strict=True))
+    return outputs, torch.autograd.grad(total, [p[name] for name in names])
+
+
+def assert_near(ours: Tensor, truth: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_and_gradients_equal_the_dense_ones(shape: tuple[int, ...]) -> None:
+    p = problem(*shape)
+    ours, gradients = with_gradients(run, p)
+    truth, true_gradients = with_gradients(dense, p)
+    for x, true_x in zip(ours, truth, strict=True):
+        assert_near(x, true_x, 1e-12)
+    for x, true_x in zip(gradients, true_gradients, strict=True):
+        assert_near(x, true_x, 1e-10)
+
+
+@pytest.mark.parametrize("height", [1, 2, 7, 64])
+def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(63, 65, 37, 13)
+    truth, true_gradients = with_gradients(run, p)
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", 1)
+    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", height)
+    ours, gradients = with_gradients(run, p)
+    for x, true_x in zip([*ours, *gradients], [*truth, *true_gradients], strict=True):
+        assert_near(x, true_x, 1e-12)
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", 1)
+    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 3)
+    p = problem(5, 7, 4, 3)
+
+    def learned(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        sides = run(p | {"query": query, "key": key, "scale": scale})
+        return tuple(x for side in sides for x in (side.others, side.positive, side.gap))
+
+    inputs = [p[name].requires_grad_() for name in ("query", "key", "scale")]
+    assert torch.autograd.gradcheck(learned, inputs)
+
+
+def op_inputs(dtype: torch.dtype) -> list:
+    p = problem(6, 5, 4, 3)
+    features = [p[name].to(dtype).requires_grad_() for name in ("query", "key")]
+    teachers = [[x.to(dtype) for x in p[name]] for name in ("teacher_query", "teacher_key")]
+    scale = p["scale"].float().requires_grad_()
+    labels = [p["labels"], p["col_labels"]]
+    return [*features, scale, *labels, *teachers, p["teacher_scale"].float()]
+
+
+FLAGS = {
+    "everything": (True, True, True, True, True),
+    "hard rows": (True, False, False, False, False),
+    "soft columns": (True, True, False, True, False),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_the_forward(dtype: torch.dtype, flags: tuple[bool, ...]) -> None:
+    torch.library.opcheck(_forward, (*op_inputs(dtype), *flags, "auto"))
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
+def test_opcheck_of_the_backward(needs: tuple[bool, ...]) -> None:
+    inputs = op_inputs(torch.float32)
+    statistics = [x.detach() for x in _forward(*inputs, *FLAGS["everything"], "auto")]
+    grads = [torch.rand_like(x) for x in statistics]
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    torch.library.opcheck(_backward, (grads, *inputs, statistics, *needs, "auto"))
+
+
+def test_compiles_to_one_graph() -> None:
+    p = problem(9, 8, 5, 4)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    ours, gradients = with_gradients(compiled, p)
+    truth, true_gradients = with_gradients(run, p)
+    for x, true_x in zip([*ours, *gradients], [*truth, *true_gradients], strict=True):
+        assert_near(x, true_x, 1e-12)
+
+
+SUBSETS = [names for n in (1, 2) for names in itertools.combinations(("query", "key", "scale"), n)]
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids=str)
+def test_any_subset_of_gradients(names: tuple[str, ...]) -> None:
+    p = problem(7, 6, 5, 4)
+    _, gradients = with_gradients(run, p, names)
+    _, true_gradients = with_gradients(dense, p, names)
+    for x, true_x in zip(gradients, true_gradients, strict=True):
+        assert_near(x, true_x, 1e-10)
+
+
+def test_constant_inputs_leave_the_graph() -> None:
+    rows, cols = run(problem(4, 5, 3, 2))
+    assert not any(x.requires_grad for side in (rows, cols) for x in side)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    p = problem(7, 6, 5, 4)
+    strided = p | {
+        "query": p["query"].T.contiguous().T,
+        "key": torch.stack([p["key"], p["key"]], 1)[:, 0],
+        "teacher_key": [x.T.contiguous().T for x in p["teacher_key"]],
+    }
+    for side, true_side in zip(run(strided), run(p), strict=True):
+        for x, true_x in zip(side, true_side, strict=True):
+            assert_near(x, true_x, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_inputs_give_float32_statistics_and_own_gradients(dtype: torch.dtype) -> None:
+    query, key = unit(5, 4, dtype).requires_grad_(), unit(6, 4).float().requires_grad_()
+    labels, scale = torch.arange(5), torch.tensor(5.0)
+    rows, _ = similarity(query, key, scale, labels, torch.arange(6), cols=False)
+    rows.others.sum().backward()
+    assert rows.others.dtype == rows.positive.dtype == torch.float32
+    assert (query.grad.dtype, key.grad.dtype) == (dtype, torch.float32)
+
+
+def test_autocast_rounds_no_logits() -> None:
+    query, key, labels = unit(9, 8).float(), unit(9, 8).float(), torch.arange(9)
+    query.requires_grad_()
+
+    def others() -> tuple[Tensor, Tensor]:
+        rows, _ = similarity(query, key, torch.tensor(50.0), labels, labels, cols=False)
+        return rows.others, torch.autograd.grad(rows.others.sum(), query)[0]
+
+    plain = others()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = others()
+    assert all(torch.equal(x, y) for x, y in zip(plain, mixed, strict=True))
+
+
+def test_uninitialised_memory_is_never_read() -> None:
+    p = problem(63, 65, 37, 13)
+    plain = with_gradients(run, p)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # under this mode torch.empty fills with NaN
+        assert torch.empty(3).isnan().all()
+        poisoned = with_gradients(run, p)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, true_x in zip([*poisoned[0], *poisoned[1]], [*plain[0], *plain[1]], strict=True):
+        assert torch.equal(x, true_x)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of any tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width = 512, 16
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", rows * 32 * 4)
+    x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
+    args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
+    with Largest() as largest:
+        stats = similarity_torch.forward(*args, True, True, True, True, True)
+        grads = [torch.ones_like(s) for s in stats]
+        similarity_torch.backward(grads, *args, stats, True, True, True)
+    assert largest.elements == rows * 32
+
+
+def test_strips_are_bounded_for_wide_matrices() -> None:
+    x, y = torch.ones(100, 1), torch.ones(1_000_000, 1)
+    strips, buffer = similarity_torch.cut(
+        similarity_torch.Product(x, y, torch.ones(()), torch.float32)
+    )
+    assert buffer.shape == (similarity_torch.MIN_STRIP_ROWS, 1_000_000)
+    assert [s.stop - s.start for s in strips] == [16] * 6 + [4]
+
+
+def test_create_graph_is_refused() -> None:
+    query, labels = unit(3, 2).requires_grad_(), torch.arange(3)
+    rows, _ = similarity(query, unit(3, 2), torch.tensor(2.0).double(), labels, labels, cols=False)
+    with pytest.raises(RuntimeError, match="first order only; create_graph=True came"):
+        torch.autograd.grad(rows.others.sum(), query, create_graph=True)
+
+
+def test_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="backend is one of .*'torch'.*; 'numpy' came"):
+        similarity(*[unit(2, 2)] * 2, torch.tensor(1.0), *[torch.arange(2)] * 2, backend="numpy")
+
+
+def test_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_backend.MODULES, ("absent", "triton"), "kdengine_kernels.absent")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="kdengine_kernels.absent cannot be imported .*use back"):
+        _backend.choose("absent", [torch.ones(1)], "triton")
+
+
+def test_backend_without_its_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and the tensors are on 'cpu'"):
+        _backend.choose("similarity", [torch.ones(1)], "triton")
+
+
+def test_auto_is_torch_on_cpu() -> None:
+    assert _backend.choose("similarity", [torch.ones(1)], "auto") is similarity_torch
