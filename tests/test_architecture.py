@@ -130,9 +130,7 @@ def test_a_forbidden_import_is_named(module: str, name: str) -> None:
 
 
 def test_import_kdengine_loads_nothing_heavy(repository: Path) -> None:
-    code = (
-        f"import sys, kdengine\nprint([m for m in {HEAVY} if m in sys.modules])\n"
-    )
+    code = f"import sys, kdengine\nprint([m for m in {HEAVY} if m in sys.modules])\n"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
     )

@@ -175,7 +175,9 @@ def test_hostile_sample(hostile: DatasetIndex, key: str) -> None:
     assert dict(fates(hostile, "hostile-000.tar"))[key] == SAMPLES[key]
 
 
-@pytest.mark.parametrize("key", LAYOUT, ids=lambda key: key[:12].encode("ascii", "replace").decode())
+@pytest.mark.parametrize(
+    "key", LAYOUT, ids=lambda key: key[:12].encode("ascii", "replace").decode()
+)
 def test_hostile_layout(hostile: DatasetIndex, key: str) -> None:
     found = [fate for name, fate in fates(hostile, "hostile-layout-000.tar") if name == key]
     assert found == LAYOUT[key]

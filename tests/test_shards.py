@@ -12,7 +12,7 @@ from kdengine.data.shards import expand
     ("spec", "expected"),
     [
         pytest.param("/d/a.tar", ["/d/a.tar"], id="plain"),
-        pytest.param("/d/{8..11}.tar", ["/d/8.tar", "/d/9.tar", "/d/10.tar", "/d/11.tar"], id="range"),
+        pytest.param("/d/{8..10}.tar", ["/d/8.tar", "/d/9.tar", "/d/10.tar"], id="range"),
         pytest.param("/d/{008..010}", ["/d/008", "/d/009", "/d/010"], id="padded"),
         pytest.param("/d/{2..0}", ["/d/2", "/d/1", "/d/0"], id="downwards"),
         pytest.param("/d/{a,b}{0..1}", ["/d/a0", "/d/a1", "/d/b0", "/d/b1"], id="product"),
@@ -23,7 +23,7 @@ from kdengine.data.shards import expand
         pytest.param(["/a.tar", "/b.tar::/c.tar"], ["/a.tar", "/b.tar", "/c.tar"], id="sequence"),
         pytest.param("/a.tar::/a.tar", ["/a.tar", "/a.tar"], id="twice"),
     ],
-)  # fmt: skip
+)
 def test_specification_names_paths(spec: str | list[str], expected: list[str]) -> None:
     assert expand(spec) == expected
 

@@ -34,9 +34,10 @@ def cause(found: object) -> str:
         pytest.param(encode("JPEG"), "jpeg", id="jpeg"),
         pytest.param(encode("JPEG", progressive=True), "jpeg", id="progressive"),
         pytest.param(encode("JPEG", exif=b"Exif\0\0" + bytes(60_000)), "jpeg", id="long-exif"),
-        pytest.param(encode("JPEG")[:2] + b"\xff" * 5 + encode("JPEG")[3:], "jpeg", id="fill-bytes"),
+        pytest.param(b"\xff\xd8" + b"\xff" * 5 + encode("JPEG")[3:], "jpeg", id="fill-bytes"),
         pytest.param(encode("PNG"), "png", id="png"),
-        pytest.param(encode("PNG", mode="P", bits=8), "png", id="palette"),
+        pytest.param(encode("PNG", mode="P"), "png", id="palette"),
+        pytest.param(encode("PNG", mode="1"), "png", id="1-bit"),
         pytest.param(encode("WEBP"), "webp", id="lossy-webp"),
         pytest.param(encode("WEBP", lossless=True), "webp", id="lossless-webp"),
         pytest.param(encode("WEBP", mode="RGBA", exif=b"Exif\0\0"), "webp", id="extended-webp"),
@@ -44,7 +45,10 @@ def cause(found: object) -> str:
     ],
 )  # fmt: skip
 def test_header_states_format_and_size(image: bytes, format: str) -> None:
-    assert check_header(image, 1000) == ImageHeader(format, 37, 23, 8)
+    header = check_header(image, 1000)
+    assert isinstance(header, ImageHeader)
+    assert header[:3] == (format, 37, 23)
+    assert header.bits <= 8
 
 
 def test_bitmap_stored_from_the_top_has_a_positive_height() -> None:

@@ -16,14 +16,16 @@ import numpy as np
 
 from kdengine.data import store
 from kdengine.data.causes import Fault
-from kdengine.data.decode import DaliCheck
+from kdengine.data.decode import Check, DaliCheck
 from kdengine.data.progress import Progress
 from kdengine.data.tokenize import Tokenizer, load_tokenizer, parse_tokenizer_id, tokenizer_version
-from kdengine.data.validate import Rules, validate_shard
+from kdengine.data.validate import Rules, ShardContents, merge, validate_shard
 from kdengine.data.workers import Advance, WorkerDied, WorkerPool, num_cores
 
 # captions a task; below four tasks the start of processes takes longer than the work
 TOKENS_CHUNK = 8192
+# a smaller part of a shard is not worth reading the headers of the whole shard for
+MIN_PART_BYTES = 2**27
 
 
 class Place(NamedTuple):
@@ -45,9 +47,13 @@ class BuildStats:
 
 
 class _ShardTask(NamedTuple):
+    """A part of a shard; its number among all shards, to put the parts together."""
+
     place: Place
     rules: Rules
-    num_threads: int
+    shard: int
+    part: int
+    num_parts: int
 
 
 class _TokenTask(NamedTuple):
@@ -76,17 +82,23 @@ def update(
     num_workers = num_cores() if num_workers is None else num_workers
     stats = BuildStats()
     wanting = [place for place in places if rebuild or _wants(place, rules, tokenizers)]
+    # the list of a root is removed first and written last: a missing one tells of an interruption
+    lists = {place.folder.parent: place.folder.parent / store.QUARANTINE for place in places}
+    unlisted = {root for root, file in lists.items() if not file.exists()}
     with ExitStack() as stack, Progress(progress) as bars:
         # always in the same order, or two processes could wait for each other
-        roots = sorted({place.folder.parent for place in wanting})
+        roots = sorted(unlisted.union(place.folder.parent for place in wanting))
         for root in roots:
             stack.enter_context(store.locked(root, bars.say))
         stale = [place for place in wanting if rebuild or _wants(place, rules, ())]
+        for root in {place.folder.parent for place in stale}:
+            lists[root].unlink(missing_ok=True)
         _validate(stale, rules, num_workers, bars, stats)
+        for root in roots:
+            if not lists[root].exists():
+                store.write_root_quarantine(root)
         for tokenizer_id in tokenizers:
             _tokenize(wanting, tokenizer_id, num_workers, bars, stats)
-        for root in {place.folder.parent for place in stale}:
-            store.write_root_quarantine(root)
     return stats
 
 
@@ -105,49 +117,61 @@ def _has_tokens(meta: dict[str, Any], tokenizer_id: str) -> bool:
 def _validate(
     places: Sequence[Place], rules: Rules, num_workers: int, bars: Progress, stats: BuildStats
 ) -> None:
-    """Index the shards; a shard whose worker died is done again with a decoder kept apart."""
+    """Index the shards; a part whose worker died is done again with the decoder kept apart."""
     if not places:
         return
     begin = time.perf_counter()
-    sizes = [max(0, store.make_stamp(place.shard, rules)["size"]) for place in places]
-    # few big shards: the processes that are left over become decoder threads
-    num_processes = min(num_workers, len(places))
-    num_threads = max(1, num_workers // max(1, num_processes))
-    tasks = [_ShardTask(place, rules, num_threads) for place in places]
-    # the biggest first, so that none of them is left over at the end
-    order = sorted(range(len(places)), key=lambda number: -sizes[number])
-    advance = bars.begin("validate", "samples", sum(sizes))
-    with WorkerPool(num_processes) as pool:
-        for number, result in pool.run(index_shard, [tasks[number] for number in order], advance):
+    stamps = [store.make_stamp(place.shard, rules) for place in places]
+    tasks = _split(places, rules, [max(0, stamp["size"]) for stamp in stamps], num_workers)
+    parts: dict[int, dict[int, ShardContents]] = {}
+    advance = bars.begin("validate", "samples", sum(max(0, stamp["size"]) for stamp in stamps))
+    with WorkerPool(min(num_workers, len(tasks))) as pool:
+        for number, result in pool.run(validate_part, tasks, advance):
+            task = tasks[number]
             if isinstance(result, WorkerDied):
-                task = tasks[order[number]]
                 bars.say(f"{task.place.shard}: a worker died; looking for the image that did it")
                 with IsolatedCheck() as check:
-                    result = _index_shard(task, check, lambda *_: None)
-            stats.num_shards += 1
-            stats.num_samples += result["num_samples"] + result["num_quarantined"]
+                    result = _validate_part(task, check, lambda *_: None)
+            done = parts.setdefault(task.shard, {})
+            done[task.part] = result
+            if len(done) == task.num_parts:
+                contents = merge([done[part] for part in sorted(parts.pop(task.shard))])
+                store.write_shard(*task.place, contents, stamps[task.shard])
+                stats.num_shards += 1
+                stats.num_samples += len(contents.good) + len(contents.bad)
     stats.validate_time_s = time.perf_counter() - begin
 
 
-def index_shard(task: _ShardTask, advance: Advance) -> dict[str, Any]:
-    """Worker's part: validate one shard and write its index; returns the description."""
-    return _index_shard(task, _dali_check(task.num_threads), advance)
+def _split(
+    places: Sequence[Place], rules: Rules, sizes: list[int], num_workers: int
+) -> list[_ShardTask]:
+    """Parts small enough that no worker is left alone at the end, the biggest shards first."""
+    part_bytes = max(MIN_PART_BYTES, sum(sizes) // (4 * max(1, num_workers)))
+    tasks = []
+    for shard in sorted(range(len(places)), key=lambda number: -sizes[number]):
+        num_parts = -(-sizes[shard] // part_bytes) if num_workers > 1 else 1
+        for part in range(max(1, num_parts)):
+            tasks.append(_ShardTask(places[shard], rules, shard, part, max(1, num_parts)))
+    return tasks
 
 
-def _index_shard(task: _ShardTask, check: Any, advance: Advance) -> dict[str, Any]:
-    # the stamp comes first: should the shard change meanwhile, the index is stale
-    stamp = store.make_stamp(task.place.shard, task.rules)
-    contents = validate_shard(task.place.shard, task.rules, check, advance)
-    return store.write_shard(task.place.shard, task.place.folder, contents, stamp)
+def validate_part(task: _ShardTask, advance: Advance) -> ShardContents:
+    """Worker's part: validate a part of a shard."""
+    return _validate_part(task, _dali_check(), advance)
 
 
-@functools.lru_cache(maxsize=1)
-def _dali_check(num_threads: int) -> DaliCheck:
-    return DaliCheck(num_threads)
+def _validate_part(task: _ShardTask, check: Check, advance: Advance) -> ShardContents:
+    part = (task.part, task.num_parts)
+    return validate_shard(task.place.shard, task.rules, check, advance, part)
+
+
+@functools.cache
+def _dali_check() -> DaliCheck:
+    return DaliCheck()
 
 
 def _decode(images: Sequence[bytes], advance: Advance) -> Fault | None:
-    return _dali_check(1)(images)
+    return _dali_check()(images)
 
 
 class IsolatedCheck:
@@ -195,10 +219,14 @@ def _tokenize(
             tasks.append(_TokenTask(place.folder, scratch, tokenizer_id, first, last))
     if not tasks:
         return
-    begin = time.perf_counter()
     total = sum(task.last - task.first for task in tasks)
+    num_processes = 0 if total < 4 * TOKENS_CHUNK else min(num_workers, len(tasks))
+    if num_processes == 0:
+        # the import of open_clip takes seconds that would spoil the speed
+        _tokenizer(tokenizer_id)
+    begin = time.perf_counter()
     advance = bars.begin(f"tokenise {tokenizer_id}", "captions", total)
-    with WorkerPool(0 if total < 4 * TOKENS_CHUNK else min(num_workers, len(tasks))) as pool:
+    with WorkerPool(num_processes) as pool:
         for number, result in pool.run(write_tokens, tasks, advance):
             if isinstance(result, WorkerDied):
                 raise RuntimeError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdengine.data.build import BuildStats, Place
-from kdengine.data.store import CAPTION_FIRST, KEY_START, LABEL, load_meta
+from kdengine.data.store import CAPTION_FIRST, KEY_START, LABEL, QUARANTINE, load_meta
 from kdengine.data.tokenize import parse_tokenizer_id
 
 
@@ -64,7 +64,7 @@ class DatasetIndex:
         self.num_samples: int = first
         self.num_quarantined: int = sum(meta["num_quarantined"] for meta in self._metas)
         roots = dict.fromkeys(place.folder.parent for place in places)
-        self.quarantine_paths = tuple(str(root / "quarantine.jsonl") for root in roots)
+        self.quarantine_paths = tuple(str(root / QUARANTINE) for root in roots)
         self._firsts = np.array([shard.first for shard in shards], np.int64)
 
     def captions(self, tokenizer_id: str) -> CaptionTable:

@@ -18,7 +18,9 @@ from kdengine.data.causes import Fault
 # what a check makes of a batch of encoded images: None if all decode, else why not
 Check = Callable[[Sequence[bytes]], Fault | None]
 
-MAX_BATCH = 64
+# DALI 2.4.0 parses the headers of a larger batch on several threads, and when one of them fails the
+# others go on with memory that is gone: up to 4 * (num_threads + 1) images it uses one thread
+MAX_BATCH = 8
 
 # terminal colours and the log level that nvImageCodec puts before its messages
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|\[(ERROR|WARNING|FATAL ERROR)\] *")
@@ -45,20 +47,19 @@ def find_failures(images: Sequence[bytes], check: Check) -> dict[int, Fault]:
 
 
 class DaliCheck:
-    """A `Check` that decodes with a DALI pipeline on the CPU (also on a machine with a GPU).
+    """A `Check` of at most `MAX_BATCH` images, by a DALI pipeline on the CPU.
 
     Memory: the decoded batch, 3 bytes a pixel. The decoders' own complaints on stderr are caught;
     those about a single image become the reason.
     """
 
-    def __init__(self, num_threads: int = 1) -> None:
-        self._num_threads = num_threads
+    def __init__(self) -> None:
         self._pipeline: Any = None
 
     def __call__(self, images: Sequence[bytes]) -> Fault | None:
         """None if every image decodes, else why the batch failed."""
         if self._pipeline is None:
-            self._pipeline = _build(self._num_threads)
+            self._pipeline = _build()
         with _captured_stderr() as complaints:
             try:
                 self._pipeline.feed_input(
@@ -66,18 +67,16 @@ class DaliCheck:
                 )
                 self._pipeline.run()
             except RuntimeError as error:
-                # after an error DALI calls the pipeline invalid; a new one takes milliseconds
+                # a failed pipeline may crash when it runs again; a new one takes milliseconds
                 self._pipeline = None
                 return Fault("image-decode", _reason(complaints(), str(error)))
         return None
 
 
-def _build(num_threads: int) -> Any:
+def _build() -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(
-        batch_size=MAX_BATCH, num_threads=num_threads, device_id=None, prefetch_queue_depth=1
-    )
+    @pipeline_def(batch_size=MAX_BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def decode() -> tuple[Any, Any]:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)

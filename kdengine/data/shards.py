@@ -36,16 +36,20 @@ def expand(spec: str | Sequence[str]) -> list[str]:
             _refuse_remote(path)
             paths.extend(_local(os.path.abspath(os.path.expanduser(path))))
             if len(paths) > MAX_SHARDS:
-                raise ValueError(
-                    f"expand: at most {MAX_SHARDS} shards are allowed; {part!r} names more. "
-                    "Check the range in the braces"
-                )
+                raise ValueError(_too_many(part))
     if not paths:
         raise ValueError(
             f"expand: expected at least one shard; got {spec!r}. Give paths of .tar files, for "
             "example '/data/cc3m/{00000..00331}.tar'"
         )
     return paths
+
+
+def _too_many(part: str) -> str:
+    return (
+        f"expand: at most {MAX_SHARDS} shards are allowed; {part!r} names more. "
+        "Check the range in the braces"
+    )
 
 
 def _refuse_remote(part: str) -> None:
@@ -98,6 +102,8 @@ def _choices(text: str, start: int, end: int, commas: list[int]) -> Iterator[str
     padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
     width = max(len(first), len(last)) if padded else 0
     step = 1 if int(first) <= int(last) else -1
+    if abs(int(last) - int(first)) >= MAX_SHARDS:
+        raise ValueError(_too_many(text))
     return (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from kdengine.data.validate import Rules, ShardContents
 
 FORMAT = 1
+QUARANTINE = "quarantine.jsonl"
 KEY_START, CAPTION_FIRST, LABEL = 0, 1, 2
 
 _DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
@@ -140,7 +141,7 @@ def _write_quarantine(scratch: Path, shard: str, contents: ShardContents) -> Non
     if contents.fault is not None:
         rows.append((None, *contents.fault))
     rows += [(sample.key, *sample.fault) for sample in contents.bad]
-    with open(scratch / "quarantine.jsonl", "w", encoding="utf-8") as file:
+    with open(scratch / QUARANTINE, "w", encoding="utf-8") as file:
         for key, cause, detail in rows:
             record = {"shard": shard, "key": key, "cause": cause, "detail": detail}
             file.write(json.dumps(record) + "\n")
@@ -174,9 +175,9 @@ def write_root_quarantine(root: Path) -> None:
     """Renew ROOT/quarantine.jsonl from the parts of all its shards."""
     temporary = _temporary(root)
     with open(temporary, "wb") as file:
-        for part in sorted(root.glob("*/quarantine.jsonl")):
+        for part in sorted(root.glob(f"*/{QUARANTINE}")):
             file.write(part.read_bytes())
-    temporary.replace(root / "quarantine.jsonl")
+    temporary.replace(root / QUARANTINE)
 
 
 def _temporary(root: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -22,9 +22,8 @@ from kdengine.data.imageheader import check_header
 
 Require = Literal["caption", "label"]
 
-# bounds on what one batch of images may hold at once: 100 MB decoded, 64 MiB encoded
+# what one batch of images may hold decoded, 100 MB; a single larger image is a batch of its own
 BATCH_PIXELS = 2**25
-BATCH_BYTES = 2**26
 # an 8-bit image in its largest form: uncompressed with alpha, and a little for the headers
 BYTES_PER_PIXEL = 4
 HEADER_BYTES = 2**20
@@ -76,6 +75,7 @@ def validate_shard(
     rules: Rules,
     check: Check,
     advance: Callable[[int, int], None] = lambda num_samples, num_bytes: None,
+    part: tuple[int, int] = (0, 1),
 ) -> ShardContents:
     """Read a shard once and tell its good samples from its bad ones.
 
@@ -84,18 +84,21 @@ def validate_shard(
         rules: what a good sample is.
         check: decides whether a batch of encoded images decodes.
         advance: called with the samples and bytes that were dealt with since the last call.
+        part: (k, n) looks at the k-th of n parts of the samples only; see `merge`.
 
-    Memory: one batch of images, at most 64 or as many as `BATCH_PIXELS` and `BATCH_BYTES` allow
-    (a single larger image is a batch of its own), and the captions of the shard.
+    Memory: one batch of images, and the captions of the part.
     """
     archive = scan_archive(path)
     contents = ShardContents(fault=archive.fault, notes=archive.notes)
-    if not archive.samples:
+    number, num_parts = part
+    begin = len(archive.samples) * number // num_parts
+    samples = archive.samples[begin : len(archive.samples) * (number + 1) // num_parts]
+    if not samples:
         return contents
-    verdicts: list[GoodSample | BadSample | None] = [None] * len(archive.samples)
+    verdicts: list[GoodSample | BadSample | None] = [None] * len(samples)
     with open(path, "rb", buffering=0) as file:
-        candidates = _candidates(file.fileno(), archive.samples, rules, verdicts)
-        done, end = 0, 0
+        candidates = _candidates(file.fileno(), samples, rules, verdicts)
+        done = 0
         for batch in _batches(candidates):
             failures = find_failures([candidate.image for candidate in batch], check)
             for number, candidate in enumerate(batch):
@@ -104,14 +107,22 @@ def validate_shard(
                     if number in failures
                     else candidate.sample
                 )
-            last = batch[-1]
-            reached = max(end, last.sample.offset + last.sample.size)
-            advance(last.position + 1 - done, reached - end)
-            done, end = last.position + 1, reached
-        advance(len(verdicts) - done, os.fstat(file.fileno()).st_size - end)
+            reached = batch[-1].position + 1
+            advance(reached - done, sum(len(candidate.image) for candidate in batch))
+            done = reached
+        advance(len(verdicts) - done, 0)
     contents.good = [verdict for verdict in verdicts if isinstance(verdict, GoodSample)]
     contents.bad = [verdict for verdict in verdicts if isinstance(verdict, BadSample)]
-    if not contents.good and contents.fault is None:
+    return contents
+
+
+def merge(parts: Sequence[ShardContents]) -> ShardContents:
+    """The contents of a shard from those of all its parts, in their order."""
+    contents = ShardContents(fault=parts[0].fault, notes=parts[0].notes)
+    for part in parts:
+        contents.good += part.good
+        contents.bad += part.bad
+    if contents.bad and not contents.good and contents.fault is None:
         contents.fault = Fault("archive-no-good-sample", f"{len(contents.bad)} samples, all bad")
     return contents
 
@@ -186,15 +197,12 @@ def _label(data: bytes | None) -> int | Fault:
 
 def _batches(candidates: Iterator[_Candidate]) -> Iterator[list[_Candidate]]:
     batch: list[_Candidate] = []
-    num_pixels = num_bytes = 0
+    num_pixels = 0
     for candidate in candidates:
         num_pixels += candidate.num_pixels
-        num_bytes += len(candidate.image)
-        full = len(batch) == MAX_BATCH or num_pixels > BATCH_PIXELS or num_bytes > BATCH_BYTES
-        if batch and full:
+        if batch and (len(batch) == MAX_BATCH or num_pixels > BATCH_PIXELS):
             yield batch
-            batch = []
-            num_pixels, num_bytes = candidate.num_pixels, len(candidate.image)
+            batch, num_pixels = [], candidate.num_pixels
         batch.append(candidate)
     if batch:
         yield batch

@@ -2,7 +2,7 @@
 """Worker processes that may die: a task that kills its worker is named, and the rest goes on.
 
 The processes are started afresh and not forked, so threads, GPU state and the caller's main module
-do not matter to them. They end when the caller does, however it ends.
+do not matter to them. When the caller is gone, however it ended, they end at their next report.
 """
 
 from __future__ import annotations

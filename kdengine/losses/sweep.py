@@ -218,13 +218,14 @@ def _gather(x: Tensor, features: Features, group: Group) -> Tensor:
 
 def _pack(side: Statistics) -> Tensor:
     vectors = [side.others, side.positive, *([side.mean] if side.mean.numel() else [])]
-    return torch.cat([torch.stack(vectors), *side[3:]])
+    teachers = side[3:] if len(side.gap) else ()
+    return torch.cat([torch.stack(vectors), *teachers])
 
 
 def _unpack(packed: Tensor, like: Statistics) -> Statistics:
     num_vectors = 3 if like.mean.numel() else 2
-    teachers = packed[num_vectors:].chunk(4) if len(like.gap) else [packed[:0]] * 4
     others, positive, *mean = packed[:num_vectors]
+    teachers = packed[num_vectors:].chunk(4) if len(like.gap) else like[3:]
     return Statistics(others, positive, mean[0] if mean else like.mean, *teachers)
 
 
@@ -247,11 +248,15 @@ def merge(parts: Statistics) -> Statistics:
     def blend(values: Tensor, lse: Tensor) -> Tensor:
         return (lse.detach().softmax(-2) * values).sum(-2)
 
-    return Statistics(
+    merged = parts._replace(
         others=parts.others.logsumexp(-2),
         # at most one part has the positive; the others say 0
         positive=parts.positive.sum(-2),
         mean=blend(parts.mean, parts.others) if parts.mean.numel() else parts.mean,
+    )
+    if not len(parts.gap):
+        return merged
+    return merged._replace(
         teacher_others=parts.teacher_others.logsumexp(-2),
         teacher_positive=parts.teacher_positive.sum(-2),
         gap=blend(parts.gap, parts.teacher_others),

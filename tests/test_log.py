@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records, progress line and console of a run."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kdengine import log
+from kdengine.log import Meter, RunLog
+
+STEP = {
+    "step": 10,
+    "loss": 2.5,
+    "loss/task": 2.0,
+    "loss/crd": 0.5,
+    "scale": 14.3,
+    "lr": 1e-3,
+    "samples_per_second": 512.0,
+    "data_wait_pct": 1.25,
+    "step_time_ms": 500.0,
+    "num_skipped": 0,
+}
+
+
+def run_log(
+    folder: Path, *, terminal: bool = False, **options: object
+) -> tuple[RunLog, io.StringIO]:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=200, highlight=False)
+    options = {"total": 100, "tensorboard": False, "console": console} | options
+    return RunLog(folder, **options), screen
+
+
+def test_progress_line_says_all() -> None:
+    line = log.progress_line(STEP, 100)
+    assert line == (
+        "step 10/100  loss 2.5000  task 2.0000  crd 0.5000  scale 14.30  lr 1.00e-03  "
+        "512 samples/s  data 1.2%  eta 00:00:45"
+    )
+
+
+def test_progress_line_counts_skipped_steps() -> None:
+    assert log.progress_line(STEP | {"num_skipped": 3}, 100).endswith("skipped 3")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59.9, "00:00:59"), (93784, "1d 02:03:04"), (math.inf, "--:--:--")]
+)
+def test_duration(seconds, text) -> None:
+    assert log.duration(seconds) == text
+
+
+def test_step_goes_to_file_console_and_text(tmp_path: Path) -> None:
+    run, screen = run_log(tmp_path)
+    run.step(STEP)
+    run.close()
+    assert log.read(tmp_path / "metrics.jsonl") == [STEP]
+    assert "step 10/100  loss 2.5000" in screen.getvalue()
+    assert "step 10/100  loss 2.5000" in (tmp_path / "out.log").read_text()
+
+
+def test_terminal_gets_one_moving_line(tmp_path: Path) -> None:
+    run, screen = run_log(tmp_path, terminal=True)
+    run.step(STEP)
+    run.step(STEP | {"step": 20})
+    run.close()
+    assert "step 20/100" in screen.getvalue()
+    assert screen.getvalue().count("\n") == 1
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run, screen = run_log(tmp_path / "run", enabled=False)
+    run.step(STEP)
+    run.warn("careful")
+    run.header("title", {"a": "b"})
+    run.evaluation(1, {"set/top1": 0.5}, 1.0)
+    run.close()
+    assert not (tmp_path / "run").exists()
+    assert screen.getvalue() == ""
+
+
+def test_what_is_not_finite_is_null_in_strict_json(tmp_path: Path) -> None:
+    log.append(tmp_path / "x.jsonl", {"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+    }
+
+
+def test_resume_removes_records_of_later_steps(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        log.append(tmp_path / "metrics.jsonl", {"step": step})
+        log.append(tmp_path / "eval.jsonl", {"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 4')  # the run was killed in the middle of a line
+    run, _ = run_log(tmp_path, step=20)
+    run.step(STEP | {"step": 30})
+    run.close()
+    assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+    assert [r["step"] for r in log.read(tmp_path / "eval.jsonl")] == [10, 20]
+
+
+def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
+    run, _ = run_log(tmp_path, tensorboard=True)
+    run.step(STEP)
+    run.evaluation(10, {"set/top1": 0.5}, 1.0)
+    run.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("train/loss")[0].value == 2.5
+    assert board.Scalars("eval/set/top1")[0].step == 10
+
+
+def test_meter_leaves_out_what_is_not_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    meter = Meter()
+    for _ in range(4):
+        now[0] += 0.5
+        meter.add(data_wait_s=0.1)
+    now[0] += 60
+    meter.leave_out(60)
+    rates = meter.rates(samples_per_step=8)
+    assert rates["samples_per_second"] == pytest.approx(16)
+    assert rates["step_time_ms"] == pytest.approx(500)
+    assert rates["data_wait_pct"] == pytest.approx(20)
+    now[0] += 1
+    meter.add(data_wait_s=0)
+    assert meter.rates(samples_per_step=8)["samples_per_second"] == pytest.approx(8)
