@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to models and data, and to the table that says what they are."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdengine.config import RunConfig
+from kdengine.data import ViewSpec, build_loader, build_synthetic_loader, ensure_index
+from kdengine.methods import needs_teacher
+from kdengine.models import (
+    PreprocessSpec,
+    Student,
+    Teacher,
+    TowerSpec,
+    build_student,
+    build_teacher,
+)
+from kdengine.ranks import Ranks
+
+
+def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | None]:
+    """The student, equal on all ranks, and the method's teacher on this rank's device.
+
+    Raises:
+        ValueError: the method needs a teacher and none is named, or a model cannot be built.
+    """
+    student = build_student(
+        config.model.model,
+        config.model.pretrained,
+        grad_checkpointing=config.model.grad_checkpointing,
+        seed=config.train.seed,
+    )
+    if not needs_teacher(config.method.name):
+        return student, None
+    if config.distill.distill_model is None:
+        raise ValueError(
+            f"method {config.method.name}: expected a teacher, got none; name one with "
+            "--distill.distill-model, or use --method.name clip"
+        )
+    precision = config.distill.distill_precision
+    low = precision == "bf16" or (precision == "auto" and config.train.precision != "fp32")
+    teacher = build_teacher(
+        config.distill.distill_model,
+        config.distill.distill_pretrained,
+        dtype=torch.bfloat16 if low else torch.float32,
+        device=ranks.device,
+    )
+    return student, teacher
+
+
+def build_data(
+    config: RunConfig, ranks: Ranks, student: TowerSpec, teacher: TowerSpec | None
+) -> tuple[Any, int, dict[str, str]]:
+    """The training loader, the number of samples, and rows for the run's header.
+
+    A batch holds ``image`` and ``tokens`` for the student, and ``teacher_image`` and
+    ``teacher_tokens`` where the teacher wants others.
+
+    Raises:
+        ValueError: no training data, or none of its samples is good.
+    """
+    views = {"image": view(student.preprocess)}
+    tokenizers = {"tokens": student.tokenizer}
+    if teacher is not None:
+        if view(teacher.preprocess) != views["image"]:
+            views["teacher_image"] = view(teacher.preprocess)
+        if teacher.tokenizer != student.tokenizer:
+            tokenizers["teacher_tokens"] = teacher.tokenizer
+    device_id = ranks.local_rank if ranks.device.type == "cuda" else None
+    shared: dict[str, Any] = {
+        "views": views,
+        "tokenizers": tokenizers,
+        "batch_size": config.train.batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "seed": config.train.seed,
+        "device_id": device_id,
+    }
+    if config.data.dataset_type == "synthetic":
+        num_samples = config.data.train_num_samples
+        loader = build_synthetic_loader(num_samples, **shared)
+        return loader, num_samples, {"samples": f"{num_samples} (synthetic)"}
+    index = open_index(config, ranks, sorted(set(tokenizers.values())))
+    loader = build_loader(
+        index,
+        **shared,
+        train=True,
+        num_threads=config.data.workers,
+        shuffle_buffer=config.data.shuffle_buffer,
+        caption=config.data.caption,
+    )
+    rows = {
+        "samples": f"{index.num_samples} in {len(index.shards)} shards",
+        "quarantined": f"{index.num_quarantined}",
+    }
+    if index.num_quarantined:
+        rows["quarantined"] += f", listed in {index.quarantine_paths[0]}"
+    return loader, index.num_samples, rows
+
+
+def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:
+    """The index of the training data; rank 0 builds what is missing while the others wait."""
+    if not config.data.train_data:
+        raise ValueError(
+            "data: expected shards to train on, got none; give --data.train-data 'SHARDS', or "
+            "--data.dataset-type synthetic for a benchmark"
+        )
+
+    def ensure() -> Any:
+        return ensure_index(
+            config.data.train_data,
+            index_dir=config.data.index_dir,
+            tokenizers=tokenizers,
+            max_pixels=config.data.max_pixels,
+            progress=ranks.first,
+        )
+
+    return ranks.first_then_all(ensure, "index")
+
+
+def view(preprocess: PreprocessSpec) -> ViewSpec:
+    """What the loader must make of an image for a tower."""
+    return ViewSpec(size=preprocess.size, mean=preprocess.mean, std=preprocess.std)
+
+
+def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Length of the run in optimiser steps.
+
+    Raises:
+        ValueError: the configuration gives no length.
+    """
+    if config.train.steps is not None:
+        return config.train.steps
+    if config.train.epochs is None:
+        raise ValueError(
+            "train: expected a length, got none; give --train.steps N or --train.epochs N"
+        )
+    return max(1, math.ceil(config.train.epochs * steps_per_epoch))
+
+
+def header(
+    config: RunConfig,
+    ranks: Ranks,
+    student: Student,
+    teacher: Teacher | None,
+    steps_per_epoch: int,
+    total: int,
+) -> dict[str, str]:
+    """Rows that say what is about to run."""
+    rows = {"student": size(student.spec, student.tower)}
+    if teacher is not None:
+        rows["teacher"] = f"{size(teacher.spec, teacher.tower)}, frozen"
+    batch = config.train.batch_size
+    rows["method"] = config.method.name
+    rows["ranks"] = f"{ranks.world_size} on {ranks.device.type}"
+    rows["batch"] = f"{batch} on a rank, {batch * ranks.world_size} in all"
+    rows["steps"] = f"{total}, {steps_per_epoch} an epoch"
+    rows["precision"] = f"{config.train.precision}, ZeRO stage {config.train.zero_stage}"
+    return rows
+
+
+def size(spec: TowerSpec, tower: nn.Module) -> str:
+    """One model in a few words."""
+    millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
+    pixels = spec.preprocess.size
+    name = spec.name + (f" ({spec.pretrained})" if spec.pretrained else "")
+    return f"{name}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of checkpoints: which are complete, which is the newest, what is cleaned away."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER, LATEST, ENGINE = "checkpoints", "latest", "engine"
+META, STUDENT = "run.json", "student.safetensors"
+PREFIX, PARTIAL, DOOMED, SUPERSEDED = "step_", ".partial_", ".doomed_", "superseded_"
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint of a step."""
+    return f"{PREFIX}{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / FOLDER).glob(f"{PREFIX}*") if (path / META).is_file()]
+    return sorted(found)
+
+
+def find(run: Path, which: str) -> Path | None:
+    """The checkpoint that ``which`` means: 'latest', a step, or the path of a checkpoint folder.
+
+    Returns:
+        Its folder, or None for 'latest' when the run has no checkpoint.
+
+    Raises:
+        FileNotFoundError: the named checkpoint does not exist.
+    """
+    if which == "latest":
+        pointer = run / FOLDER / LATEST
+        if pointer.is_file():
+            named = run / FOLDER / pointer.read_text().strip()
+            if (named / META).is_file():
+                return named
+        return max(checkpoints(run), default=None)
+    path = run / FOLDER / step_name(int(which)) if which.isdigit() else Path(which)
+    if not (path / META).is_file():
+        there = ", ".join(p.name for p in checkpoints(run)) or "none"
+        raise FileNotFoundError(
+            f"resume: no checkpoint in {path} (no {META}); {run} has: {there}; give 'latest' or "
+            "the path of a step_* folder"
+        )
+    return path
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What ``run.json`` of a checkpoint says."""
+    return json.loads((path / META).read_text(encoding="utf-8"))
+
+
+def clean(run: Path, step: int | None) -> list[str]:
+    """Mend what a killed run left behind; for rank 0, before training.
+
+    Removes partial folders, lets ``latest`` name the newest complete checkpoint, and, when the run
+    resumes from ``step``, renames later checkpoints.
+
+    Returns:
+        One sentence for each thing that was done to complete checkpoints.
+    """
+    folder, said = run / FOLDER, []
+    for pattern in (PARTIAL, DOOMED):
+        for path in folder.glob(f"{pattern}*"):
+            shutil.rmtree(path)
+    for path in checkpoints(run):
+        if step is not None and path.name > step_name(step):
+            aside = path.with_name(f"{SUPERSEDED}{path.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+            path.rename(aside)
+            said.append(f"{path.name} belongs to the abandoned history; renamed to {aside.name}")
+    newest = max(checkpoints(run), default=None)
+    if newest is not None:
+        point(folder, newest.name)
+    return said
+
+
+def point(folder: Path, name: str) -> None:
+    """Let ``latest`` name a checkpoint; the file is replaced as a whole."""
+    partial = folder / f".{LATEST}.partial"
+    partial.write_text(name + "\n", encoding="utf-8")
+    sync(partial)
+    os.replace(partial, folder / LATEST)
+    sync(folder)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints; a half removed one is never seen as complete."""
+    for path in checkpoints(run)[:-keep]:
+        doomed = path.with_name(f"{DOOMED}{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and all that is in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From where a run starts, and whether it may go on from there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdengine.checkpoint.folder import STUDENT, checkpoints, find, read_meta
+from kdengine.config import RunConfig, to_dict
+from kdengine.ranks import Ranks
+
+# what a resumed run may change: nothing here touches the numbers of a step
+FREE = ("run.", "eval.", "data.workers", "data.index_dir", "train.max_skipped")
+# these stretch the schedule of the learning rate, and are announced
+LENGTH = ("train.steps", "train.epochs")
+
+
+def starting_point(run: Path, resume: str | None, ranks: Ranks, *, occupied: bool) -> Path | None:
+    """The checkpoint to start from, None for a new run; all ranks agree or fail together.
+
+    ``latest`` in a run without a checkpoint means a new run, so that a job that a scheduler
+    restarts needs one command only.
+
+    Args:
+        run: folder of the run.
+        resume: None, 'latest', a step, or the path of a checkpoint.
+        ranks: this process among all; rank 0 looks.
+        occupied: whether the folder holds records of a run, be there checkpoints or not.
+
+    Raises:
+        FileExistsError: a new run, but the folder holds another one.
+        FileNotFoundError: the named checkpoint does not exist.
+    """
+    found: Path | OSError | None = None
+    if ranks.first:
+        try:
+            if resume:
+                found = find(run, resume)
+            elif occupied or checkpoints(run):
+                raise FileExistsError(
+                    f"run: {run} holds a run already; go on with --resume latest, choose another "
+                    "--run.name, or remove the folder"
+                )
+        except OSError as error:
+            found = error
+    found = ranks.broadcast(found)
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+def differences(meta: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ from a checkpoint's configuration: name -> (there, here)."""
+    there, here = _flat(meta["config"]), _flat(json.loads(json.dumps(to_dict(config))))
+    return {
+        name: (there.get(name), here.get(name))
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not name.startswith(FREE)
+    }
+
+
+def check(path: Path, config: RunConfig, ranks: Ranks, num_samples: int) -> list[str]:
+    """Refuse to resume into another run; see ``FREE`` for what may change.
+
+    Returns:
+        Sentences on changes that are allowed and worth knowing.
+
+    Raises:
+        ValueError: world size, data or configuration differ; the message names what.
+    """
+    meta = read_meta(path)
+    if meta["world_size"] != ranks.world_size:
+        raise ValueError(
+            f"resume: {path} was written by {meta['world_size']} ranks, this run has "
+            f"{ranks.world_size}; the data position and the ZeRO shards belong to a rank: start "
+            f"{meta['world_size']} ranks, or start a new run from its weights with "
+            f"--model.pretrained {path / STUDENT}"
+        )
+    if meta["num_samples"] != num_samples:
+        raise ValueError(
+            f"resume: {path} was written with {meta['num_samples']} training samples, this run "
+            f"finds {num_samples}; the data changed, so the position in it means nothing: give "
+            "the same shards, or start a new run"
+        )
+    changed = differences(meta, config)
+    notes = []
+    for name in LENGTH:
+        if name in changed:
+            there, here = changed.pop(name)
+            notes.append(f"{name} was {there}, is {here}: the learning rate follows the new length")
+    if changed:
+        told = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in changed.items())
+        raise ValueError(
+            f"resume: the configuration differs from that of {path}: {told}; give the same "
+            "values, or start a new run with another --run.name"
+        )
+    return notes
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a checkpoint, read it back, export the student in it."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import kdengine
+from kdengine.checkpoint.folder import (
+    ENGINE,
+    FOLDER,
+    META,
+    PARTIAL,
+    STUDENT,
+    find,
+    point,
+    prune,
+    read_meta,
+    step_name,
+    sync,
+    sync_tree,
+)
+from kdengine.checkpoint.masters import student_weights
+from kdengine.checkpoint.state import State, random_state, set_random_state
+from kdengine.config import RunConfig, to_dict
+from kdengine.models import TowerSpec, export_student
+from kdengine.ranks import Ranks
+
+
+def save(
+    engine: Any,
+    run: Path,
+    state: State,
+    *,
+    ranks: Ranks,
+    loader: Any,
+    config: RunConfig,
+    student: TowerSpec,
+    num_samples: int,
+) -> Path:
+    """Write a checkpoint; all ranks call it together.
+
+    Communication: the student's fp32 weights are assembled on every rank (one collective a
+    parameter under ZeRO), five barriers.
+
+    Returns:
+        The folder of the complete checkpoint.
+    """
+    folder = run / FOLDER
+    final = folder / step_name(state.step)
+    if ranks.broadcast(final.exists()):
+        return final
+    partial = folder / f"{PARTIAL}{final.name}"
+    if ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
+    own = {"random": random_state(), "loader": loader.state_dict()}
+    torch.save(own, partial / f"rank_{ranks.rank:05d}.pt")
+    weights = student_weights(engine)
+    if ranks.first:
+        save_file(weights, partial / STUDENT, metadata={"format": "pt"})
+        meta = {
+            "format": 1,
+            "kdengine": kdengine.__version__,
+            "state": dataclasses.asdict(state),
+            "world_size": ranks.world_size,
+            "num_samples": num_samples,
+            "config": to_dict(config),
+            "student": student.to_dict(),
+        }
+        (partial / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    ranks.barrier()
+    if ranks.local_rank == 0:
+        sync_tree(partial)
+    ranks.barrier()
+    if ranks.first:
+        os.rename(partial, final)
+        sync(folder)
+        point(folder, final.name)
+        prune(run, max(1, config.run.keep_last))
+    ranks.barrier()
+    return final
+
+
+def load(engine: Any, path: Path, *, ranks: Ranks, loader: Any) -> State:
+    """Bring engine, data position and random states back to those of a checkpoint; all ranks.
+
+    Nothing may draw random numbers between this call and the first step.
+    """
+    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise RuntimeError(f"resume: DeepSpeed found nothing to load in {path / ENGINE}")
+    own = torch.load(path / f"rank_{ranks.rank:05d}.pt", weights_only=True)
+    loader.load_state_dict(own["loader"])
+    set_random_state(own["random"])
+    return State(**read_meta(path)["state"])
+
+
+def export_run(
+    run: str | Path, out: str | Path, *, step: str = "latest", force: bool = False
+) -> Path:
+    """Write the student of a run's checkpoint as a folder that open_clip loads.
+
+    Works offline, on CPU, in one process, whatever ZeRO stage and ranks wrote the checkpoint.
+
+    Args:
+        run: folder of the run, or of one checkpoint.
+        out: folder to write.
+        step: 'latest' or the number of a step.
+        force: see ``models.export_student``.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+    """
+    run = Path(run)
+    path = run if (run / META).is_file() else find(run, step)
+    if path is None:
+        raise FileNotFoundError(
+            f"export_run: no checkpoint in {run / FOLDER}; expected the folder of a run that has "
+            "saved at least once"
+        )
+    meta = read_meta(path)
+    spec = TowerSpec.from_dict(meta["student"])
+    notes = {"step": meta["state"]["step"], "samples_seen": meta["state"]["samples_seen"]}
+    return export_student(load_file(path / STUDENT), spec, out, force=force, notes=notes)

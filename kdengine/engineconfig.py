@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's configuration, built from ours."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdengine.config import RunConfig
+
+# what our own fields decide: a DeepSpeed file that says otherwise is refused
+OWNED = {
+    "train_batch_size": "--train.batch-size times the number of ranks",
+    "train_micro_batch_size_per_gpu": "--train.batch-size",
+    "gradient_accumulation_steps": "the training loop, which takes one batch a step",
+    "gradient_clipping": "--optim.grad-clip-norm",
+    "zero_optimization.stage": "--train.zero-stage",
+    "bf16.enabled": "--train.precision",
+    "fp16.enabled": "--train.precision",
+    "torch_autocast.enabled": "--train.precision",
+    "optimizer": "the [optim] section",
+    "scheduler": "the [optim] section",
+}
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What our fields say, with the user's file merged over it.
+
+    Values that are ``"auto"`` in the file (Hugging Face's word) count as not given.
+
+    Raises:
+        ValueError: the file contradicts a field of ours, or is not a JSON object.
+        FileNotFoundError: there is no such file.
+    """
+    batch, stage = config.train.batch_size, config.train.zero_stage
+    built: dict[str, Any] = {
+        "train_batch_size": batch * world_size,
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.grad_clip_norm or 0.0,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "torch_autocast": {
+            "enabled": config.train.precision == "amp_bf16",
+            "dtype": "bfloat16",
+        },
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": torch.cuda.is_available() and stage > 0,
+            "contiguous_gradients": True,
+            # buckets of DeepSpeed's default size would outweigh a small student
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
+    }
+    if config.train.deepspeed_config is None:
+        return built
+    path = Path(config.train.deepspeed_config)
+    try:
+        given = _without_auto(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"deepspeed_config: {path} is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"deepspeed_config: {path} holds a {type(given).__name__}, not an object")
+    for key, owner in OWNED.items():
+        ours, theirs = _at(built, key), _at(given, key)
+        if theirs is not None and theirs != (ours or False):
+            raise ValueError(
+                f"deepspeed_config: {path} sets {key} to {theirs!r}, this run has {ours!r}; it "
+                f"follows from {owner}: change that, or take the key out of the file"
+            )
+    return _merged(built, given)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {k for k in over if isinstance(over[k], Mapping) and isinstance(base.get(k), Mapping)}
+    return {**base, **over, **{key: _merged(base[key], over[key]) for key in both}}
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _without_auto(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _without_auto(value) for key, value in values.items() if value != "auto"}

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW's parameter groups and the learning rate of each step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from kdengine.config import Optim
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter: not on norms, biases and scales.
+
+    Those are the vectors, plus the tables that are biases by name (Swin's relative positions).
+    """
+    return parameter.ndim >= 2 and "bias" not in name and "scale" not in name.rpartition(".")[2]
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], wd: float
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into one group with weight decay and one without."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    pairs = ((groups[True], wd), (groups[False], 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+
+
+def learning_rate(step: int, total: int, optim: Optim) -> float:
+    """Learning rate of the optimiser step number ``step``, counted from 0.
+
+    Formula: ``lr (step + 1) / warmup`` while ``step < warmup``; then ``lr`` (const), or
+    ``lr / 2 (1 + cos(pi (step - warmup) / (total - warmup)))`` (cosine, zero at the end).
+
+    Source: open_clip's ``cosine_lr`` and ``const_lr``.
+    """
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.lr_scheduler == "const":
+        return optim.lr
+    done = (step - optim.warmup) / max(1, total - optim.warmup)
+    return 0.5 * optim.lr * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny trainings: a student of two thin towers, 96 small photos of noise, one or two CPU ranks."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 2,
+        "width": 64,
+        "head_width": 32,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+# runs main() on each list of words in one process, and reports the exit codes or errors
+SEVERAL = """
+import json, sys, traceback
+from kdengine.train import main
+told = []
+for words in json.loads(sys.argv[1]):
+    try:
+        told.append([main(words), ""])
+    except Exception as error:
+        told.append([None, "".join(traceback.format_exception(error))])
+print("TOLD" + json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of the student."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two shards of 48 pairs each, every picture of its own colour and with its own caption."""
+    folder = tmp_path_factory.mktemp("shards")
+    draw = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(48):
+                number = 48 * shard + i
+                pixels = draw.integers(0, 60, (40, 36, 3)) + draw.integers(0, 190, 3)
+                picture = io.BytesIO()
+                Image.fromarray(pixels.astype(np.uint8)).save(picture, "JPEG")
+                caption = f"picture number {number} of the set".encode()
+                for ending, data in (("jpg", picture.getvalue()), ("txt", caption)):
+                    member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return f"{folder}/{{00000..00001}}.tar"
+
+
+@pytest.fixture
+def words(tiny: Path, shards: str, tmp_path: Path) -> Callable[..., list[str]]:
+    """``words(name, section__key=value, ...)``: the command line of a tiny run under tmp_path."""
+
+    def build(name: str, **fields: Any) -> list[str]:
+        values: dict[str, Any] = {
+            "model__model": tiny,
+            "method__name": "clip",
+            "data__train_data": shards,
+            "data__workers": 1,
+            "data__shuffle_buffer": 32,
+            "train__batch_size": 16,
+            "train__steps": 6,
+            "optim__warmup": 2,
+            "run__logs": tmp_path / "runs",
+            "run__name": name,
+            "run__log_every_n_steps": 1,
+        } | fields
+        line = ["--run.no-tensorboard"]
+        for key, value in values.items():
+            line += [f"--{key.replace('__', '.').replace('_', '-')}", str(value)]
+        return line
+
+    return build
+
+
+@pytest.fixture
+def python(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python(words)``: the interpreter of the tests, with both source roots on its path."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(repository), str(repository / "kernels")])
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        options = {"env": env, "capture_output": True, "text": True, "timeout": 300} | options
+        return subprocess.run([sys.executable, *words], **options)
+
+    return run
+
+
+@pytest.fixture
+def train_here(python: Callable[..., Any]) -> Callable[..., list[tuple[int | None, str]]]:
+    """``train_here(words, ...)``: main() on each list of words, all in one fresh process.
+
+    Returns exit code and error text of each. A fresh process, because a training engine leaves a
+    process group behind.
+    """
+
+    def run(*lines: list[str]) -> list[tuple[int | None, str]]:
+        done = python(["-c", SEVERAL, json.dumps(lines)])
+        told = [x for x in done.stdout.splitlines() if x.startswith("TOLD")]
+        assert told, done.stdout + done.stderr
+        return [tuple(x) for x in json.loads(told[0].removeprefix("TOLD"))]
+
+    return run
+
+
+@pytest.fixture
+def records() -> Callable[[Path], list[dict[str, Any]]]:
+    """``records(run)``: what metrics.jsonl of a run holds."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    return read
