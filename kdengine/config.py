@@ -157,6 +157,12 @@ class Train:
                 f"train: expected epochs or steps, got both (epochs={self.epochs}, "
                 f"steps={self.steps}); set one of them to None"
             )
+        if self.torchcompile and self.zero_stage == 3:
+            raise ValueError(
+                "train: torchcompile cannot go with zero_stage 3: ZeRO frees gathered weights that "
+                "the compiled backward pass still needs, and the gradients come out wrong; use "
+                "zero_stage 2, or no torchcompile"
+            )
         length = self.steps if self.steps is not None else self.epochs
         _check("train", "steps/epochs", length or 0, "a length > 0", length is None or length > 0)
 

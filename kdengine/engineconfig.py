@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdengine.config import RunConfig
+from kdengine.ranks import on_gpu
 
 # what our own fields decide: a DeepSpeed file that says otherwise is refused
 OWNED = {
@@ -47,7 +46,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         },
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": torch.cuda.is_available() and stage > 0,
+            "overlap_comm": on_gpu() and stage > 0,
             "contiguous_gradients": True,
             # buckets of DeepSpeed's default size would outweigh a small student
             "reduce_bucket_size": 50_000_000,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's parameter groups and the learning rate of each step."""
+"""AdamW's parameter groups, the learning rate of each step, and the step itself."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdengine.config import Optim
@@ -44,3 +45,22 @@ def learning_rate(step: int, total: int, optim: Optim) -> float:
         return optim.lr
     done = (step - optim.warmup) / max(1, total - optim.warmup)
     return 0.5 * optim.lr * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def update(engine: Any) -> tuple[float, bool]:
+    """Take the optimiser step unless the gradient is not finite; all ranks decide alike.
+
+    Returns:
+        The global gradient norm before clipping, and whether the step was taken.
+    """
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    # plain data parallelism in fp32, the one mode in which DeepSpeed neither looks nor tells
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    grad_norm = float(torch.nn.utils.get_total_norm(grads))
+    if not math.isfinite(grad_norm):
+        engine.zero_grad()
+        return grad_norm, False
+    engine.step()
+    return grad_norm, True

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BEAT_SECONDS = 2.0
+PHASES = ("starting", "evaluating", "saving", "loading data", "computing", "updating")
 T = TypeVar("T")
 
 
@@ -106,12 +107,15 @@ def environment() -> None:
     os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
 
 
+def on_gpu() -> bool:
+    """Whether to train on GPUs: where there are some, unless DS_ACCELERATOR=cpu forbids it."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def current() -> Ranks:
     """This process's place, from the process group and the launcher's environment."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank) if on_gpu() else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -130,15 +134,25 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 class Heartbeat:
-    """Posts this rank's step to the common store, so that a failed wait can name who is behind."""
+    """Posts where this rank is to the common store, so that a failed wait can name who is behind.
+
+    Attributes:
+        step: the number of completed steps.
+        phase: what the rank is doing in this step, as a position in ``PHASES``.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.step = 0
+        self.step = self.phase = 0
         self._closed = threading.Event()
         if ranks.world_size > 1:
             self._post()
             threading.Thread(target=self._beat, daemon=True).start()
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Say what this rank does now; costs nothing."""
+        self.phase = PHASES.index(phase)
+        self.step = self.step if step is None else step
 
     def close(self) -> None:
         """Stop posting."""
@@ -152,21 +166,25 @@ class Heartbeat:
                 return
 
     def _post(self) -> None:
-        _store().set(f"kdengine/beat/{self.ranks.rank}", f"{self.step} {time.time()}")
+        place = f"{self.step} {self.phase} {time.time()}"
+        _store().set(f"kdengine/beat/{self.ranks.rank}", place)
 
     def report(self) -> str:
-        """One line that says at which step each rank was last seen, those behind first."""
+        """One line that says where each rank was last seen, those behind first."""
         if self.ranks.world_size == 1:
-            return "rank 0 of 1"
+            return f"rank 0 of 1, after step {self.step}"
         seen = []
         for rank in range(self.ranks.world_size):
             try:
-                step, when = _store().get(f"kdengine/beat/{rank}").decode().split()
+                step, phase, when = _store().get(f"kdengine/beat/{rank}").decode().split()
             except RuntimeError:
                 return "the other ranks cannot be asked: rank 0, which keeps the store, is gone"
-            seen.append((int(step), rank, time.time() - float(when)))
-        last = [f"rank {rank} at step {step} ({ago:.0f} s ago)" for step, rank, ago in sorted(seen)]
-        return "last seen: " + ", ".join(last[:8]) + (", ..." if len(last) > 8 else "")
+            seen.append((int(step), int(phase), rank, time.time() - float(when)))
+        told = [
+            f"rank {rank}: {PHASES[phase]} after step {step} (seen {ago:.0f} s ago)"
+            for step, phase, rank, ago in sorted(seen)
+        ]
+        return "those behind first: " + "; ".join(told[:8]) + ("; ..." if len(told) > 8 else "")
 
 
 def _store() -> dist.Store:

@@ -39,10 +39,10 @@ from kdengine.checkpoint import State
 from kdengine.config import RunConfig, to_toml
 from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import Evaluator, parse_eval_sets
-from kdengine.log import METRICS, Meter, RunLog
+from kdengine.log import Meter, RunLog
 from kdengine.methods import Distillation, build_method
 from kdengine.models import Teacher, TowerSpec, build_from_spec
-from kdengine.optimizer import learning_rate, parameter_groups
+from kdengine.optimizer import learning_rate, parameter_groups, update
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import EXIT_STOPPED, Stop
 
@@ -56,6 +56,7 @@ class Job:
     config: RunConfig
     ranks: Ranks
     stop: Stop
+    heartbeat: Heartbeat
     folder: Path
     log: RunLog
     student: TowerSpec
@@ -89,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         heartbeat = Heartbeat(me)
         cleanup.callback(heartbeat.close)
         try:
-            job = build(config, me, stop, cleanup)
+            job = build(config, me, stop, heartbeat, cleanup)
             stop.ready()
-            return train(job, heartbeat)
+            return train(job)
         except Exception as error:
             error.add_note(f"on rank {me.rank} of {me.world_size}; {heartbeat.report()}")
             raise
@@ -100,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start_ranks(config: RunConfig) -> Ranks:
     """Join the process group: gloo on CPU, NCCL on GPU."""
     ranks.environment()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if ranks.on_gpu() else "cpu")
     import deepspeed
 
     # optional shared-memory collectives of CPU ranks; building them takes longer than they save
@@ -116,11 +116,16 @@ def start_ranks(config: RunConfig) -> Ranks:
     return me
 
 
-def build(config: RunConfig, me: Ranks, stop: Stop, cleanup: contextlib.ExitStack) -> Job:
+def build(
+    config: RunConfig,
+    me: Ranks,
+    stop: Stop,
+    heartbeat: Heartbeat,
+    cleanup: contextlib.ExitStack,
+) -> Job:
     """Everything before the first step; what does not fit together is said here."""
     folder = Path(config.run.logs) / config.run.name
-    occupied = (folder / METRICS).exists()
-    resumed = checkpoint.starting_point(folder, config.run.resume, me, occupied=occupied)
+    resumed = checkpoint.starting_point(folder, config.run.resume, me)
     engine_config = deepspeed_config(config, me.world_size)
     student, teacher = assembly.build_models(config, me)
     loader, num_samples, data_rows = assembly.build_data(
@@ -132,46 +137,33 @@ def build(config: RunConfig, me: Ranks, stop: Stop, cleanup: contextlib.ExitStac
     notes = checkpoint.check(resumed, config, me, num_samples) if resumed else []
     rows = assembly.header(config, me, student, teacher, loader.steps_per_epoch, total)
     engine = build_engine(config, me, student, teacher, engine_config)
-    seed = config.train.seed + me.rank
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(config.train.seed + me.rank)
     state = State()
     if resumed:
         state = checkpoint.load(engine, resumed, ranks=me, loader=loader)
-        notes.append(f"resumed from {resumed}, at step {state.step}")
-    elif config.run.resume:
-        notes.append(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
-    if me.first:
-        notes += checkpoint.clean(folder, state.step)
-    log = RunLog(
-        folder,
-        enabled=me.first,
-        step=state.step,
-        total=total,
-        tensorboard=config.run.tensorboard,
-    )
+    log = open_log(config, me, folder, state.step, total)
     cleanup.callback(log.close)
+    log.header(f"kdengine {folder}", rows | data_rows)
+    if resumed:
+        log.note(f"resumed from {resumed}, at step {state.step}")
+    elif config.run.resume:
+        log.warn(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
+    for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
+        log.warn(note)
+    parts = (log, student.spec, teacher, engine, loader, evaluator)
+    return Job(config, me, stop, heartbeat, folder, *parts, num_samples, total, state)
+
+
+def open_log(config: RunConfig, me: Ranks, folder: Path, step: int, total: int) -> RunLog:
+    """The run's log on rank 0, with a copy of the configuration beside it."""
+    tensorboard = config.run.tensorboard
+    log = RunLog(folder, enabled=me.first, step=step, total=total, tensorboard=tensorboard)
     if me.first:
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    log.header(f"kdengine {folder}", rows | data_rows)
-    for note in notes:
-        log.warn(note)
     if config.optim.warmup >= total:
         log.warn(f"the warm-up of {config.optim.warmup} steps is longer than the run of {total}")
-    return Job(
-        config=config,
-        ranks=me,
-        stop=stop,
-        folder=folder,
-        log=log,
-        student=student.spec,
-        teacher=teacher,
-        engine=engine,
-        loader=loader,
-        evaluator=evaluator,
-        num_samples=num_samples,
-        total=total,
-        state=state,
-    )
+    return log
 
 
 def build_engine(
@@ -207,7 +199,7 @@ def build_engine(
     return engine
 
 
-def train(job: Job, heartbeat: Heartbeat) -> int:
+def train(job: Job) -> int:
     """The loop: evaluate, save, stop, step, log. Returns the exit code."""
     config, state, log = job.config, job.state, job.log
     stopping = save_asked = False
@@ -215,7 +207,7 @@ def train(job: Job, heartbeat: Heartbeat) -> int:
     elapsed_before = state.elapsed_s
     meter = Meter()
     while True:
-        heartbeat.step, aside = state.step, time.perf_counter()
+        aside = time.perf_counter()
         if evaluation_due(job) and not stopping:
             stopping = not evaluate(job)
         state.elapsed_s = elapsed_before + time.monotonic() - started
@@ -257,9 +249,11 @@ def run_step(job: Job, *, save: bool) -> Step:
     engine, device = job.engine, job.ranks.device
     # made before the forward pass is queued: a copy to the device waits for what is queued
     asked = torch.tensor([job.stop.reason is not None, save], dtype=torch.float32, device=device)
+    job.heartbeat.at("loading data", job.state.step)
     start = time.perf_counter()
     batch = next(job.loader)
     data_wait_s = time.perf_counter() - start
+    job.heartbeat.at("computing")
     teacher = None
     if job.teacher is not None:
         teacher = job.teacher(
@@ -270,6 +264,7 @@ def run_step(job: Job, *, save: bool) -> Step:
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
     # a loss that is not finite must not leave finite gradients: NaN spreads to the norm of all
     engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
+    job.heartbeat.at("updating")
     lr = learning_rate(job.state.step, job.total, job.config.optim)
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
@@ -285,25 +280,6 @@ def run_step(job: Job, *, save: bool) -> Step:
         applied=applied,
         data_wait_s=data_wait_s,
     )
-
-
-def update(engine: Any) -> tuple[float, bool]:
-    """Take the optimiser step unless the gradient is not finite; all ranks decide alike.
-
-    Returns:
-        The global gradient norm before clipping, and whether the step was taken.
-    """
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        engine.step()
-        return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # plain data parallelism in fp32, the one mode in which DeepSpeed neither looks nor tells
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    grad_norm = float(torch.nn.utils.get_total_norm(grads))
-    if not math.isfinite(grad_norm):
-        engine.zero_grad()
-        return grad_norm, False
-    engine.step()
-    return grad_norm, True
 
 
 def count_skipped(job: Job, step: Step) -> None:
@@ -378,6 +354,7 @@ def evaluate(job: Job) -> bool:
     The student is rebuilt from the fp32 masters, so what is measured is what an export holds.
     """
     assert job.evaluator is not None
+    job.heartbeat.at("evaluating", job.state.step)
     start, before = time.perf_counter(), checkpoint.random_state()
     student = build_from_spec(job.student)
     student.clip.load_state_dict(checkpoint.student_weights(job.engine))
@@ -401,6 +378,7 @@ def save_due(job: Job, saved_step: int) -> bool:
 
 def save(job: Job) -> None:
     """Write a checkpoint on all ranks."""
+    job.heartbeat.at("saving", job.state.step)
     start = time.perf_counter()
     path = checkpoint.save(
         job.engine,

@@ -54,6 +54,13 @@ def whole(case: str, world_size: int) -> tuple[Tensor, Tensor, dict]:
     return unit(rows, WIDTH), unit(cols, WIDTH), options
 
 
+def cluster_problem(world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(4)
+    rows, num_clusters = world_size * LOCAL_ROWS, 4 * world_size + 1
+    labels = torch.randint(0, num_clusters, (rows,))
+    return unit(rows, WIDTH), unit(num_clusters, WIDTH), labels
+
+
 def part(x: Tensor, rank: int, world_size: int) -> Tensor:
     return x.tensor_split(world_size)[rank]
 
@@ -97,6 +104,14 @@ def rank_everything(rank: int, world_size: int) -> dict:
     leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
     loss = losses.info_nce(*leaves, group=group)
     found["info_nce scale"] = torch.autograd.grad(loss, leaves)[2]
+
+    image_part, centroids, labels = cluster_problem(world_size)
+    learned = [part(x, rank, world_size).clone().requires_grad_() for x in (image_part, centroids)]
+    learned.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
+    own_labels = part(labels, rank, world_size)
+    options = {"margin": 0.3, "keys": "sharded", "group": group}
+    loss = losses.cluster_cross_entropy(*learned, own_labels, **options)
+    found["cluster"] = [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     low = [x.bfloat16().requires_grad_() for x in (image, text)]
     loss = losses.info_nce(*low, SCALE, group=group)
@@ -204,6 +219,21 @@ def test_gradient_of_scale_on_a_rank_is_that_of_its_value(ranks, world_size: int
             + F.cross_entropy(scale * text[own] @ image.T, own)
         ) / 2
         near(result["info_nce scale"], torch.autograd.grad(value, scale)[0])
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_margin_over_sharded_clusters_equals_the_oracle(ranks, world_size: int) -> None:
+    found = [result["cluster"] for result in ranks(world_size)]
+    *features, labels = cluster_problem(world_size)
+    leaves = [x.requires_grad_() for x in features]
+    leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
+    loss = reference.cluster_cross_entropy(*leaves, labels, 0.3)
+    true_image, true_centroids, true_scale = torch.autograd.grad(loss, leaves)
+    losses_, images, centroids, scales = zip(*found, strict=True)
+    near(torch.stack(losses_).mean(), loss.detach())
+    near(torch.cat(images) / world_size, true_image)
+    near(torch.cat(centroids), true_centroids)
+    near(torch.stack(scales).mean(), true_scale)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -66,6 +66,11 @@ def test_contradiction_is_refused(tmp_path: Path, given, message) -> None:
         deepspeed_config(with_file(tmp_path, given), 2)
 
 
+def test_compiled_student_is_refused_under_zero_3() -> None:
+    with pytest.raises(ValueError, match="torchcompile cannot go with zero_stage 3"):
+        Train(torchcompile=True, zero_stage=3)
+
+
 def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
     given = {
         "train_batch_size": "auto",

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdengine.checkpoint.folder import STUDENT, checkpoints, find, read_meta
 from kdengine.config import RunConfig, to_dict
+from kdengine.log import METRICS
 from kdengine.ranks import Ranks
 
 # what a resumed run may change: nothing here touches the numbers of a step
@@ -16,7 +17,7 @@ FREE = ("run.", "eval.", "data.workers", "data.index_dir", "train.max_skipped")
 LENGTH = ("train.steps", "train.epochs")
 
 
-def starting_point(run: Path, resume: str | None, ranks: Ranks, *, occupied: bool) -> Path | None:
+def starting_point(run: Path, resume: str | None, ranks: Ranks) -> Path | None:
     """The checkpoint to start from, None for a new run; all ranks agree or fail together.
 
     ``latest`` in a run without a checkpoint means a new run, so that a job that a scheduler
@@ -26,7 +27,6 @@ def starting_point(run: Path, resume: str | None, ranks: Ranks, *, occupied: boo
         run: folder of the run.
         resume: None, 'latest', a step, or the path of a checkpoint.
         ranks: this process among all; rank 0 looks.
-        occupied: whether the folder holds records of a run, be there checkpoints or not.
 
     Raises:
         FileExistsError: a new run, but the folder holds another one.
@@ -37,7 +37,7 @@ def starting_point(run: Path, resume: str | None, ranks: Ranks, *, occupied: boo
         try:
             if resume:
                 found = find(run, resume)
-            elif occupied or checkpoints(run):
+            elif (run / METRICS).exists() or checkpoints(run):
                 raise FileExistsError(
                     f"run: {run} holds a run already; go on with --resume latest, choose another "
                     "--run.name, or remove the folder"

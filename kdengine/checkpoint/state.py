@@ -29,7 +29,7 @@ def random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, [int(key) for key in keys], position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 

@@ -7,6 +7,7 @@ without and with that teacher, writes a report and says whether distillation hel
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -139,6 +140,8 @@ def _environment(out: Path) -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     # the launcher calls 'python', which must be this one
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
+    # threads that wait asleep: on a busy machine spinning ones cost several times the time
+    found.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not Path("/dev/nvidiactl").exists():
         found.setdefault("DS_ACCELERATOR", "cpu")
     return found
@@ -168,7 +171,8 @@ def _clear(run: Path) -> None:
         FileExistsError: the folder is not a run.
     """
     if run.is_dir() and any(run.iterdir()):
-        if not any((run / name).exists() for name in ("config.toml", METRICS, "out.log")):
+        left = ("config.toml", METRICS, "out.log", "checkpoints")
+        if not any((run / name).exists() for name in left):
             raise FileExistsError(f"demo: {run} is not a run of the demo; remove it, or use --out")
         shutil.rmtree(run)
 
@@ -177,7 +181,18 @@ def _call(
     command: Sequence[str], environment: Mapping[str, str], console: Console, log: Path | None
 ) -> None:
     console.print(f"[dim]$ {' '.join(command)}[/]", soft_wrap=True)
-    code = subprocess.run(command, env=environment).returncode
+    # a demo that is told to end takes its training along
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                code = process.wait()
+            except BaseException:
+                # it ends its ranks; leaving this block waits for it
+                process.terminate()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         where = f"; {log} tells more" if log else ""
         raise RuntimeError(f"demo: the command above ended with code {code}{where}")

@@ -139,7 +139,7 @@ def _sentence(scene: Scene, rng: random.Random | None, full: bool) -> str:
             names, relation = names[::-1], RELATIONS[relation]
         to_the = f"to the {relation}" if relation.endswith(" of") else relation
         content = f"{names[0]} {pick(relation, to_the)} {names[1]}"
-    if rng and not full and rng.random() < 0.6:
+    if rng and not full and rng.random() < 0.4:
         return pick("{}", "there is {}", "a picture of {}").format(content)
     ground = f"a {scene.pattern} background"
     return pick(

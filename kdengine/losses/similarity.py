@@ -137,8 +137,9 @@ def similarity_terms(
     ``gathered`` (key rows are spread over the ranks like the batch), ``replicated`` (the same on
     every rank, which then all return the whole column terms), ``sharded`` (class-parallel: each
     rank holds some columns; their gradient is the loss's own, not to be averaged).
-    Raises: ValueError or TypeError for shapes, dtypes, labels and names that do not fit, and for
-    unequal B over ranks; RuntimeError for a backend that cannot run and under ``create_graph``.
+    Raises: ValueError or TypeError for shapes, dtypes, labels and names that do not fit, for an
+    empty batch and for B that differs between ranks (on every rank); RuntimeError for a backend
+    that cannot run and under ``create_graph=True``.
     """
     who = "similarity_terms"
     features = inputs.check_features(

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kdengine.ops._backend import statistics_dtype
 
-# one buffer of a strip: large enough for fast products, small enough to stay in cache
-STRIP_BYTES = 2 << 20
-MIN_STRIP_ROWS = 16
+# one buffer of a strip: tall enough for fast products and few calls, small enough for a cache
+STRIP_BYTES = 8 << 20
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 512
 
 
 class Cells(NamedTuple):
@@ -138,8 +138,8 @@ def products(
 def cut(student: Product) -> tuple[list[slice], Tensor]:
     """Strips of about STRIP_BYTES, and a buffer that holds the tallest."""
     num_rows, num_cols = len(student.left), len(student.right)
-    height = max(MIN_STRIP_ROWS, STRIP_BYTES // (num_cols * student.left.itemsize))
-    height = min(height, num_rows)
+    height = STRIP_BYTES // (num_cols * student.left.itemsize)
+    height = min(max(MIN_STRIP_ROWS, min(height, MAX_STRIP_ROWS)), num_rows)
     strips = [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
     return strips, student.left.new_empty(height, num_cols)
 
@@ -166,7 +166,8 @@ def forward(
     soft = [row_side] * soft_rows + [col_side] * soft_cols
     teachers = teachers if soft else []
     strips, z = cut(student)
-    work, temp = torch.empty_like(z), torch.empty_like(z)
+    work = torch.empty_like(z)
+    temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
     for rows in strips:
         here = slice(rows.stop - rows.start)
@@ -229,6 +230,7 @@ def backward(
     right = torch.zeros_like(student.right if need_key else student.right[:0])
     strips, z = cut(student)
     g, work = torch.empty_like(z), torch.empty_like(z)
+    grad_scale = left.new_zeros(() if need_scale else (0,))
     for strip in strips:
         here = slice(strip.stop - strip.start)
         residual = g[here].zero_()
@@ -236,13 +238,14 @@ def backward(
             wanted = [pull for pull in (*row_pulls, *col_pulls) if pull.source == k]
             logits = source.strip(strip, z) if wanted else z
             for pull in wanted:
-                residual.add_(pull.on(strip, logits, work[here]))
+                pull.add_to(residual, strip, logits, work[here])
         if need_left:
             torch.mm(residual, student.right, out=left[strip])
+        if need_scale:
+            # with z = scale * cosine it is the radial part of the features' gradient
+            grad_scale += (left[strip] * student.left[strip]).sum()
         if need_key:
             right.addmm_(residual.mT, student.scaled[strip])
-    # with z = scale * cosine, the scale's gradient is the radial part of the features'
-    grad_scale = (left * student.left).sum() if need_scale else left.new_empty(0)
     return (
         left.mul_(scale).to(query.dtype) if need_query else query.new_empty(0),
         right.to(key.dtype) if need_key else key.new_empty(0),
@@ -262,13 +265,14 @@ class Pull(NamedTuple):
     weight: Tensor
     positive: Tensor
 
-    def on(self, rows: slice, logits: Tensor, out: Tensor) -> Tensor:
-        """The term on one strip."""
-        torch.sub(logits, self.side.across(self.lse, rows), out=out).exp_()
-        out.mul_(self.side.across(self.weight, rows))
-        # replaces also what may have overflowed: a positive can be far above the others
-        self.side.cells(rows, out.shape[1]).put(out, self.side.across(self.positive, rows))
-        return out
+    def add_to(self, residual: Tensor, rows: slice, logits: Tensor, work: Tensor) -> None:
+        """Add the term to the gradient of one strip's logits."""
+        side, cells = self.side, self.side.cells(rows, logits.shape[1])
+        torch.sub(logits, side.across(self.lse, rows), out=work).exp_()
+        # a positive can be so far above the others that it overflowed here
+        cells.put(work, torch.zeros_like(cells.places, dtype=work.dtype))
+        residual.addcmul_(work, side.across(self.weight, rows))
+        cells.put(residual, cells.take(residual) + side.across(self.positive, rows))
 
 
 def pulls(

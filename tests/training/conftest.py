@@ -47,6 +47,13 @@ print("TOLD" + json.dumps(told))
 """
 
 
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks do not share a GPU; and threads of several ranks would fight for the cores."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration file of the student."""
@@ -104,10 +111,10 @@ def words(tiny: Path, shards: str, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def python(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``python(words)``: the interpreter of the tests, with both source roots on its path."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(repository), str(repository / "kernels")])
+    paths = os.pathsep.join([str(repository), str(repository / "kernels")])
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": paths}
         options = {"env": env, "capture_output": True, "text": True, "timeout": 300} | options
         return subprocess.run([sys.executable, *words], **options)
 

@@ -118,7 +118,7 @@ def test_resume_may_change_logging_and_announces_a_new_length(tmp_path: Path) ->
 def test_new_run_does_not_write_into_another(tmp_path: Path) -> None:
     fake(tmp_path, 5)
     with pytest.raises(FileExistsError, match="--resume latest.*--run.name"):
-        checkpoint.starting_point(tmp_path, None, ONE, occupied=False)
+        checkpoint.starting_point(tmp_path, None, ONE)
 
 
 def test_random_state_round_trip_through_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Asked to stop under the deepspeed launcher: one complete checkpoint, no process left."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -46,12 +47,11 @@ def launch(repository: Path, words: list[str], out: Path) -> subprocess.Popen:
         *("--num_accelerators", "2", "--master_port", str(port)),
         *(str(repository / "kdengine" / "train.py"), *words),
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with out.open("w") as text:
         return subprocess.Popen(
             command,
-            env=env | {"PATH": path},
+            env={**os.environ, "PATH": path},
             cwd=out.parent,
             stdout=text,
             stderr=subprocess.STDOUT,
@@ -128,3 +128,34 @@ def test_runner_that_dies_while_ranks_start_leaves_nothing_behind(
     everyone = [one for some in family.values() for one in some]
     wait_for(lambda: not any(map(running, everyone)), 60, "all processes to end")
     assert checkpoint.find(tmp_path / "runs" / "a", "latest") is None
+
+
+# SIGTERM arrives while the student is being evaluated after step 2
+STOPPED_IN_EVALUATION = """
+import os, signal, sys
+from kdengine import train
+evaluate, calls = train.evaluate, []
+def interrupted(job):
+    calls.append(job.state.step)
+    if calls == [2]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(job)
+train.evaluate = interrupted
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_stop_abandons_an_evaluation_and_resume_makes_up_for_it(
+    python, train_here, words, shards, tmp_path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    line = words("a", train__steps=4, eval__val_frequency=2, eval__retrieval=f"seen={shards}")
+    done = python(["-c", STOPPED_IN_EVALUATION, *line])
+    assert done.returncode == EXIT_STOPPED, done.stdout + done.stderr
+    assert not (run / "eval.jsonl").exists()
+    assert checkpoint.find(run, "latest").name == checkpoint.step_name(2)
+    ((code, error),) = train_here([*line, "--resume", "latest"])
+    assert code == 0, error
+    evaluated = [json.loads(x) for x in (run / "eval.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in evaluated] == [2, 4]
+    assert 0 <= evaluated[1]["seen/image_to_text_R@1"] <= 1

@@ -4,6 +4,9 @@
 import contextlib
 import math
 import os
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import open_clip
@@ -94,6 +97,7 @@ def raise_scale(engine: Any, scale: torch.nn.Parameter, value: float) -> None:
     if hasattr(scale, "ds_id"):
         piece = safe_get_local_fp32_param(scale)
         safe_set_local_fp32_param(scale, torch.full_like(piece, value))
+        scale.ds_tensor.data.fill_(value)
     elif getattr(scale, "_hp_mapping", None) is not None:
         scale._hp_mapping.get_hp_fragment().fill_(value)
     for group in getattr(engine.optimizer, "fp32_groups", []):
@@ -113,7 +117,8 @@ def scales_after_a_step(rank: int, world_size: int, lines: list[list[str]]) -> l
     for line in lines:
         config = arguments.parse(line)
         with contextlib.ExitStack() as cleanup:
-            job = train.build(config, train.start_ranks(config), Stop(), cleanup)
+            me = train.start_ranks(config)
+            job = train.build(config, me, Stop(), train.Heartbeat(me), cleanup)
             for scale in job.engine.module.log_scales():
                 raise_scale(job.engine, scale, 5.0)
             step = train.run_step(job, save=False)
@@ -195,3 +200,43 @@ def test_missing_length_is_named_before_the_engine_starts(train_here, words) -> 
     ((code, error),) = train_here(line[:at] + line[at + 2 :])
     assert code is None
     assert "give --train.steps N or --train.epochs N" in error
+
+
+# rank 1 does not come back from its loader in step 3
+HANGS = """
+import sys, time
+from kdengine import train
+run_step = train.run_step
+def slow(job, **options):
+    job.heartbeat.at("loading data", job.state.step)
+    if job.state.step == 2 and job.ranks.rank == 1:
+        time.sleep(600)
+    return run_step(job, **options)
+train.run_step = slow
+train.main(sys.argv[1:])
+"""
+
+
+def test_wait_for_a_hung_rank_times_out_and_names_it(repository, words) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    line = words("a", run__timeout_minutes=0.3)
+    paths = f"{repository}{os.pathsep}{repository / 'kernels'}"
+    shared = {"PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGS, *line],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        _, error = ranks[0].communicate(timeout=120)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1, error
+    assert "on rank 0 of 2; those behind first: rank 1: loading data after step 2" in error
