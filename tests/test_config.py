@@ -68,7 +68,7 @@ def test_base_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("[optim]\nlr = 'fast'", "lr: expected float, got 'fast'"),
         ("[train]\nsteps = 1.5", "steps: expected int, got 1.5"),
         ("[train]\nbatch_size = true", "batch_size: expected int, got True"),
-        ("[train]\nprecision = 'fp8'", r"expected one of \['fp32', 'bf16'\]"),
+        ("[train]\nprecision = 'fp8'", r"expected one of \['fp32', 'bf16', 'amp_bf16'\]"),
         ("[train]\nbatch_size = 0", "train.batch_size: expected a size >= 1, got 0"),
         ("[train]\nsteps = 5\nepochs = 1", "expected epochs or steps, got both"),
         ("[method.clip_kd]\nfd = -1", "expected a weight >= 0"),

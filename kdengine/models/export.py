@@ -65,6 +65,8 @@ def export_student(
     try:
         staging.chmod(0o777 & ~_umask())
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors keeps it to its owner
+        (staging / WEIGHTS_FILE).chmod(0o666 & ~_umask())
         if spec.tokenizer.startswith("hf:"):
             _save_tokenizer(spec, staging)
         _write_config(spec, staging, notes or {})
