@@ -121,14 +121,15 @@ def table(results: Mapping[str, Mapping[str, float]]) -> Table:
     shown = Table(title="last evaluation, percent", title_justify="left")
     shown.add_column("metric", no_wrap=True)
     for name in results:
-        shown.add_column(name.replace("_", "\n"), justify="right")
+        shown.add_column(name.rpartition("_")[2], justify="right")
     shown.add_column("gain", justify="right")
     for metric, alone in results["student"].items():
         distilled = results["student_distilled"][metric]
         gain = 100 * (distilled - alone)
         colour = "green" if gain > 0 else "red"
         cells = [f"{100 * values[metric]:.1f}" for values in results.values()]
-        shown.add_row(metric.replace("_to_", ">"), *cells, f"[{colour}]{gain:+.1f}[/]")
+        shortened = metric.replace("mean-per-class-recall", "per-class").replace("_to_", ">")
+        shown.add_row(shortened, *cells, f"[{colour}]{gain:+.1f}[/]")
     return shown
 
 
