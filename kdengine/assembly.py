@@ -33,6 +33,7 @@ def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | No
         grad_checkpointing=config.model.grad_checkpointing,
         seed=config.train.seed,
     )
+    refuse_bf16_statistics(config.train.precision, config.model.model, student.tower)
     if not needs_teacher(config.method.name):
         return student, None
     if config.distill.distill_model is None:
@@ -49,6 +50,22 @@ def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | No
         device=ranks.device,
     )
     return student, teacher
+
+
+def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> None:
+    """Refuse pure bf16 for a student with batch norms.
+
+    The engine casts parameters and leaves running statistics in fp32, and torch takes no mix.
+
+    Raises:
+        ValueError: the student has a batch norm and the precision is bf16.
+    """
+    batch_norms = (nn.modules.batchnorm._BatchNorm,)
+    if precision == "bf16" and any(isinstance(module, batch_norms) for module in student.modules()):
+        raise ValueError(
+            f"train.precision: bf16 came, but {name} has batch norms, whose running statistics "
+            "stay in fp32; use --train.precision amp_bf16"
+        )
 
 
 def build_data(

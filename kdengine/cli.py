@@ -72,17 +72,17 @@ def pack(
     """
     from kdengine.data import pack as pack_csv
 
-    _print(
-        pack_csv(
-            csv,
-            out,
-            image_key=image_key,
-            caption_key=caption_key,
-            separator=separator,
-            shard_size=shard_size,
-        )
+    report = pack_csv(
+        csv,
+        out,
+        image_key=image_key,
+        caption_key=caption_key,
+        separator=separator,
+        shard_size=shard_size,
+        progress=True,
     )
-    return 0
+    print(report)
+    return 0 if report.num_samples else 1
 
 
 def evaluate(
@@ -93,6 +93,7 @@ def evaluate(
     zeroshot: tuple[str, ...] = (),
     batch_size: int = 128,
     index_dir: str | None = None,
+    max_pixels: int = 89_478_485,
     workers: int = 4,
     out: Path | None = None,
 ) -> int:
@@ -104,6 +105,7 @@ def evaluate(
         zeroshot: Classification sets, each 'NAME=SHARDS' or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
         batch_size: Images in a batch.
         index_dir: Folder for the index, where the shards' own folder cannot be written.
+        max_pixels: An image whose header states more pixels is quarantined before any decode.
         workers: Decoding threads.
         out: Also write the numbers to this JSON file.
     """
@@ -121,6 +123,7 @@ def evaluate(
             zeroshot=zeroshot,
             batch_size=batch_size,
             index_dir=index_dir,
+            max_pixels=max_pixels,
             num_threads=workers,
             out=out,
             title=model,
@@ -223,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             COMMANDS, prog="kdengine", description=DESCRIPTION, args=words
         )
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a rank's notes say where it stood
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2
 
 

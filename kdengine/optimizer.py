@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's parameter groups, the learning rate of each step, and the step itself."""
+"""AdamW's parameter groups, the learning rate of each step, the step itself, and its undoing."""
 
 import math
 from collections.abc import Iterable
@@ -29,6 +29,17 @@ def parameter_groups(
             groups[decays(name, parameter)].append(parameter)
     pairs = ((groups[True], wd), (groups[False], 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+
+
+def adamw(module: nn.Module, optim: Optim, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over a module's trainable parameters; on a GPU one kernel updates many of them."""
+    return torch.optim.AdamW(
+        parameter_groups(module.named_parameters(), optim.wd),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True if device.type == "cuda" else None,
+    )
 
 
 def learning_rate(step: int, total: int, optim: Optim) -> float:
@@ -64,3 +75,32 @@ def update(engine: Any) -> tuple[float, bool]:
         return grad_norm, False
     engine.step()
     return grad_norm, True
+
+
+class Buffers:
+    """Takes a forward pass back from a module's buffers, such as BatchNorm's running statistics.
+
+    A skipped step leaves the parameters alone, but the forward pass has written its batch, which
+    may hold NaN, into the buffers already.
+
+    Memory: a copy of the floating-point and integer buffers; nothing without any. No communication
+    and no wait for the device; a rank's buffers stay its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for buffer in module.buffers():
+            if buffer.dtype != torch.bool:
+                kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer.detach())
+        # one fused copy for each kind; a mixed list would be copied tensor by tensor
+        self._pairs = [(live, [x.clone() for x in live]) for live in kinds.values()]
+
+    def keep(self) -> None:
+        """Remember the buffers as they are now."""
+        for live, kept in self._pairs:
+            torch._foreach_copy_(kept, live)
+
+    def restore(self) -> None:
+        """Set the buffers to what was remembered."""
+        for live, kept in self._pairs:
+            torch._foreach_copy_(live, kept)

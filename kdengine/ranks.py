@@ -4,6 +4,7 @@
 Every wait here ends with the process group's time-out or with an error that names a rank.
 """
 
+import contextlib
 import os
 import resource
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 BEAT_SECONDS = 2.0
+POLL_SECONDS = 0.2
+# a rank that has posted nothing for so long is dead: only a held GIL keeps the beat from posting
+LOST_SECONDS = 120.0
+# how long rank 0 stays for the others to read why it fails
+FAREWELL_SECONDS = 5.0
 PHASES = ("starting", "evaluating", "saving", "loading data", "computing", "updating")
 T = TypeVar("T")
 
@@ -72,28 +79,99 @@ class Ranks:
         """Run ``work()`` on rank 0 and, when it is done, on the others.
 
         For work of unknown length that leaves its result on disk, such as validating a data set:
-        the others wait without a time-out, which a collective could not.
+        the others wait as long as rank 0 lives, which a collective could not.
 
-        Raises:
-            RuntimeError: it failed on rank 0 (which raises the error itself).
+        See ``first_then_all`` of this module.
         """
-        if self.world_size == 1:
-            return work()
-        store, key = _store(), f"kdengine/{name}"
-        if self.first:
-            try:
-                found = work()
-            except BaseException as error:
-                store.set(key, f"{type(error).__name__}: {error}")
-                raise
-            store.set(key, "")
-            return found
-        while not store.check([key]):
-            time.sleep(0.2)
-        failure = store.get(key).decode()
-        if failure:
-            raise RuntimeError(f"rank 0 failed: {failure}")
+        return first_then_all(work, name, self.group)
+
+
+def first_then_all(work: Callable[[], T], name: str, group: dist.ProcessGroup | None) -> T:
+    """Run ``work()`` on rank 0 of ``group`` and, when it is done, on the others.
+
+    Every rank of the group calls it, as often as the others and in the same order. The others wait
+    as long as rank 0 works, and end when it fails, dies, or does not come within the time-out of
+    the process group.
+
+    Args:
+        work: what to do; rank 0 leaves a result on disk that makes it quick for the others.
+        name: of the work, for messages.
+        group: the ranks; None for one process.
+
+    Raises:
+        RuntimeError: rank 0 failed (it raises the error itself) or was lost.
+    """
+    if group is None or dist.get_world_size(group) == 1:
         return work()
+    store, rank = _store(), dist.get_rank(group)
+    prefix = f"kdengine/first/{group.group_name}"
+    # a number to every call: what an earlier one of this name left behind must not count
+    call = f"{prefix}/{store.add(f'{prefix}/calls/{rank}', 1)}"
+    if rank == 0:
+        return _work_first(work, store, call, dist.get_world_size(group) - 1)
+    failure = _await_first(store, call, name)
+    if failure:
+        raise RuntimeError(f"{name}: rank 0 failed: {failure}")
+    return work()
+
+
+def _work_first(work: Callable[[], T], store: dist.Store, call: str, num_others: int) -> T:
+    """Rank 0's part: work, with a sign of life at every beat, then tell how it went."""
+    done = threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not done.is_set():
+            try:
+                store.set(f"{call}/beat", str(number))
+            except RuntimeError:
+                return
+            number += 1
+            done.wait(BEAT_SECONDS)
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        found = work()
+        store.set(f"{call}/end", "")
+        return found
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):
+            store.set(f"{call}/end", f"{type(error).__name__}: {error}")
+            # the store may end with this process: let the others read first
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while store.add(f"{call}/told", 0) < num_others and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        raise
+    finally:
+        done.set()
+
+
+def _await_first(store: dist.Store, call: str, name: str) -> str:
+    """The others' part: what rank 0 failed with, or nothing."""
+    last, since = "", time.monotonic()
+    try:
+        while not store.check([f"{call}/end"]):
+            seen = store.get(f"{call}/beat").decode() if store.check([f"{call}/beat"]) else ""
+            if seen != last:
+                last, since = seen, time.monotonic()
+            # torch's stub of the store lacks this attribute
+            patience: timedelta = store.timeout  # type: ignore[attr-defined]
+            limit = LOST_SECONDS if last else patience.total_seconds()
+            if time.monotonic() - since > limit:
+                raise RuntimeError(
+                    f"{name}: rank 0 "
+                    + ("stopped working on it" if last else "did not begin with it")
+                    + f": no sign of life for {limit:.0f} s; see what its process said last"
+                )
+            time.sleep(POLL_SECONDS)
+        failure = store.get(f"{call}/end").decode()
+        store.add(f"{call}/told", 1)
+    except dist.DistError as error:
+        raise RuntimeError(
+            f"{name}: rank 0, which keeps the store, is gone ({error}); see what its process said "
+            "last"
+        ) from error
+    return failure
 
 
 def environment() -> None:
@@ -173,14 +251,19 @@ class Heartbeat:
         """One line that says where each rank was last seen, those behind first."""
         if self.ranks.world_size == 1:
             return f"rank 0 of 1, after step {self.step}"
-        seen = []
+        seen, missing = [], []
         for rank in range(self.ranks.world_size):
+            key = f"kdengine/beat/{rank}"
             try:
-                step, phase, when = _store().get(f"kdengine/beat/{rank}").decode().split()
+                # asking for a key that was never set would block until the time-out
+                if not _store().check([key]):
+                    missing.append(f"rank {rank}: never seen")
+                    continue
+                step, phase, when = _store().get(key).decode().split()
             except RuntimeError:
                 return "the other ranks cannot be asked: rank 0, which keeps the store, is gone"
             seen.append((int(step), int(phase), rank, time.time() - float(when)))
-        told = [
+        told = missing + [
             f"rank {rank}: {PHASES[phase]} after step {step} (seen {ago:.0f} s ago)"
             for step, phase, rank, ago in sorted(seen)
         ]

@@ -42,7 +42,7 @@ from kdengine.evaluate import Evaluator, parse_eval_sets
 from kdengine.log import Meter, RunLog
 from kdengine.methods import Distillation, build_method
 from kdengine.models import Teacher, TowerSpec, build_from_spec
-from kdengine.optimizer import learning_rate, parameter_groups, update
+from kdengine.optimizer import Buffers, adamw, learning_rate, update
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import EXIT_STOPPED, Stop
 
@@ -67,6 +67,7 @@ class Job:
     num_samples: int
     total: int
     state: State
+    buffers: Buffers
 
 
 @dataclass
@@ -152,7 +153,8 @@ def build(
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
         log.warn(note)
     parts = (log, student.spec, teacher, engine, loader, evaluator)
-    return Job(config, me, stop, heartbeat, folder, *parts, num_samples, total, state)
+    counts = (num_samples, total, state, Buffers(engine.module))
+    return Job(config, me, stop, heartbeat, folder, *parts, *counts)
 
 
 def open_log(config: RunConfig, me: Ranks, folder: Path, step: int, total: int) -> RunLog:
@@ -186,13 +188,7 @@ def build_engine(
     if config.train.torchcompile:
         student.tower.compile()
     root = Distillation(student.tower, method).to(me.device)
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        parameter_groups(root.named_parameters(), optim.wd),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-    )
+    optimizer = adamw(root, config.optim, me.device)
     engine, *_ = deepspeed.initialize(
         model=root, optimizer=optimizer, config=engine_config, dist_init_required=False
     )
@@ -259,6 +255,7 @@ def run_step(job: Job, *, save: bool) -> Step:
         teacher = job.teacher(
             batch.get("teacher_image", batch["image"]), batch.get("teacher_tokens", batch["tokens"])
         )
+    job.buffers.keep()
     loss, terms = engine(batch["image"], batch["tokens"], teacher)
     told = {"loss": loss.detach(), **terms}
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
@@ -269,6 +266,8 @@ def run_step(job: Job, *, save: bool) -> Step:
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = lr
     grad_norm, applied = update(engine)
+    if not applied:
+        job.buffers.restore()
     checkpoint.clamp_masters(engine, engine.module.log_scales(), 0.0, LOG_SCALE_MAX)
     stop, save_now, *sums = shared.tolist()
     return Step(

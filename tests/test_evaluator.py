@@ -4,6 +4,8 @@
 import itertools
 import json
 import math
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import open_clip
@@ -14,7 +16,7 @@ from open_clip_train.train import get_clip_metrics
 from open_clip_train.zero_shot import accuracy
 
 from kdengine import evaluate, models
-from kdengine.evaluate import EvalSet, evaluator
+from kdengine.evaluate import EvalSet, command, evaluator
 from kdengine.evaluate.command import evaluate_command, metrics_table
 
 
@@ -157,6 +159,44 @@ def open_nothing(rank: int, world_size: int) -> str:
 
 def test_missing_shards_are_an_error_on_every_rank(run_ranks):
     assert all("/nowhere/x.tar" in said for said in run_ranks(open_nothing, 2))
+
+
+def open_slowly(rank: int, world_size: int) -> int:
+    """Open a set whose indexing on rank 0 takes longer than a collective may."""
+    _, spec = models.build_student("ViT-Pico-32")
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    calls = []
+
+    def ensure_index(*_, **__):
+        calls.append(rank)
+        time.sleep(5 * (rank == 0))
+        return FakeIndex()
+
+    evaluator.ensure_index = ensure_index
+    sets = [EvalSet(name="x", shards="x.tar", kind="retrieval")]
+    evaluate.Evaluator(spec, sets, group=group)
+    return len(calls)
+
+
+def test_indexing_may_take_longer_than_a_collective(run_ranks):
+    assert run_ranks(open_slowly, 2) == [1, 1]
+
+
+@pytest.mark.parametrize(("accelerator", "device"), [("cpu", "cpu"), ("cuda", "cuda")])
+def test_command_keeps_off_the_gpu_when_told(monkeypatch, accelerator, device):
+    class Tower:
+        """Goes nowhere."""
+
+        def to(self, device):
+            return self
+
+    seen = {}
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "open_model", lambda _: (Tower(), None))
+    monkeypatch.setattr(command, "run_evaluation", lambda *_, **options: seen.update(options) or {})
+    evaluate_command("anything", retrieval=["x=x.tar"])
+    assert seen["device"] == device
 
 
 def test_table_shows_shares_in_percent_and_ranks_as_they_are():

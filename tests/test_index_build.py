@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from kdengine.data import build, store
-from kdengine.data.index import DatasetIndex, ensure_index
+from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
 from kdengine.data.summary import summary_table
 
 
@@ -73,31 +73,44 @@ def test_equal_names_from_two_folders_do_not_meet(tmp_path: Path) -> None:
     assert index.texts(np.array([0, 3])) == [["left 0"], ["right 0"]]
 
 
-@pytest.mark.parametrize("change", ["size", "time", "max_pixels", "format", "dali", "file"])
+@pytest.mark.parametrize("change", ["size", "time", "format", "dali", "file"])
 def test_stale_index_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     shard = make_shard(tmp_path / "0.tar")
     index = indexed(shard)
-    options = {}
     if change == "size":
         times = os.stat(shard)
         make_shard(tmp_path / "0.tar", num_samples=40)
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     elif change == "time":
         os.utime(shard, (0, 0))
-    elif change == "max_pixels":
-        options = {"max_pixels": 63}
     elif change == "format":
         monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     elif change == "dali":
         monkeypatch.setattr(store, "dali_version", lambda: "0")
     elif change == "file":
         Path(index.shards[0].idx).write_text("")
-    again = indexed(shard, **options)
+    again = indexed(shard)
     assert again.stats.num_shards == 1
-    assert again.num_samples == {"size": 40, "max_pixels": 0}.get(change, 3)
-    assert indexed(shard, **options).stats.num_shards == 0
+    assert again.num_samples == {"size": 40}.get(change, 3)
+    assert indexed(shard).stats.num_shards == 0
+
+
+@pytest.mark.parametrize("index_dir", [None, "index"], ids=["beside", "apart"])
+def test_indexes_by_other_limits_leave_each_other_alone(
+    tmp_path: Path, index_dir: str | None
+) -> None:
+    shard = make_shard(tmp_path / "0.tar")
+    place = {"index_dir": index_dir and str(tmp_path / index_dir)}
+    index = indexed(shard, **place)
+    strict = indexed(shard, max_pixels=63, **place)
+    assert (index.num_samples, strict.num_samples) == (3, 0)
+    assert index.texts(np.array([0])) == [["a cat 0"]], "still open on what it was opened on"
+    for limit in (MAX_PIXELS, 63):
+        assert indexed(shard, max_pixels=limit, **place).stats.num_shards == 0
+    folders = sorted(path.parent.parent.name for path in tmp_path.rglob("meta.json"))
+    assert folders == ["caption", "caption-max63"]
 
 
 def test_only_the_changed_shard_is_validated(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdengine.config import Optim
-from kdengine.optimizer import decays, learning_rate, parameter_groups
+from kdengine.optimizer import Buffers, adamw, decays, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,16 @@ def test_groups_hold_every_trainable_parameter_once() -> None:
     assert [len(with_decay["params"]), len(without["params"])] == [1, 4]
 
 
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_adamw_is_fused_on_a_gpu_only(device: str, fused: bool | None) -> None:
+    optim = Optim(lr=0.1, wd=0.3, beta1=0.8, beta2=0.9, eps=1e-5)
+    optimizer = adamw(nn.Linear(2, 2), optim, torch.device(device))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-5)
+        assert group["fused"] is fused
+
+
 def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
     optim = Optim(lr=1.0, warmup=4)
     assert [learning_rate(step, 10, optim) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -56,3 +66,17 @@ def test_const_stays_at_the_peak() -> None:
 def test_warm_up_longer_than_the_run_never_divides_by_zero() -> None:
     assert learning_rate(9, 10, Optim(lr=1.0, warmup=10)) == 1.0
     assert learning_rate(10, 10, Optim(lr=1.0, warmup=10)) == 1.0
+
+
+def test_buffers_of_batch_norm_come_back_after_a_poisoned_forward() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    buffers = Buffers(model)
+    model(torch.randn(2, 3, 4, 4))
+    before = {name: x.clone() for name, x in model.named_buffers()}
+    buffers.keep()
+    model(torch.full((2, 3, 4, 4), math.nan))
+    assert model[1].running_mean.isnan().all() and model[1].num_batches_tracked == 2
+    buffers.restore()
+    for name, x in model.named_buffers():
+        assert torch.equal(x, before[name]) and x.dtype == before[name].dtype, name
+    assert model[1].num_batches_tracked == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdengine import models
+from kdengine import data, models
 from kdengine.config import RunConfig, from_dict, to_toml
 from kdengine.report import curves, metrics, runs, samples, verdict, write_report
 
@@ -350,6 +350,17 @@ def test_without_export_or_shards_the_samples_leave_a_note(tmp_path):
     models.export_student(tower.state_dict(), spec, folder / "export")
     words = report(folder)[1].words
     assert "images of val cannot be used" in words and "/nowhere/val.tar" in words
+
+
+@pytest.mark.parametrize("options", [{}, {"index_dir": "/elsewhere", "max_pixels": 1_000_000}])
+def test_the_samples_are_read_through_the_index_of_the_run(tmp_path, monkeypatch, options):
+    folder = make_run(tmp_path / "a", data=options, eval={"retrieval": ("val=/nowhere/val.tar",)})
+    asked = {}
+    monkeypatch.setattr(samples, "_load", lambda *_: {0: None})
+    monkeypatch.setattr(data, "ensure_index", lambda *_, **given: asked.update(given))
+    samples.choose_captions(runs.read_runs([folder]))
+    default = {"index_dir": None, "max_pixels": data.index.MAX_PIXELS}
+    assert default | asked == default | options
 
 
 @pytest.fixture(scope="module")

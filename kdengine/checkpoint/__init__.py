@@ -9,8 +9,9 @@
 
 A checkpoint is written as ``.partial_step_N`` and renamed when all ranks have finished and synced
 it, so a folder named ``step_N`` is complete, whenever the run was killed. ``latest`` is replaced
-after the rename. ``--run.resume`` of an older checkpoint starts another history: later ones are
-renamed to ``superseded_step_N``, never deleted.
+after the rename, for people to read: ``--run.resume latest`` looks at the folders.
+``--run.resume`` of an older checkpoint starts another history: later ones are renamed to
+``superseded_step_N``, never deleted.
 """
 
 from kdengine.checkpoint.folder import checkpoints, clean, find, read_meta, step_name

@@ -27,6 +27,9 @@ def checkpoints(run: Path) -> list[Path]:
 def find(run: Path, which: str) -> Path | None:
     """The checkpoint that ``which`` means: 'latest', a step, or the path of a checkpoint folder.
 
+    'latest' is the newest complete one. The file of that name is for people: a kill between the
+    rename of a checkpoint and the write of the file leaves it one behind.
+
     Returns:
         Its folder, or None for 'latest' when the run has no checkpoint.
 
@@ -34,11 +37,6 @@ def find(run: Path, which: str) -> Path | None:
         FileNotFoundError: the named checkpoint does not exist.
     """
     if which == "latest":
-        pointer = run / FOLDER / LATEST
-        if pointer.is_file():
-            named = run / FOLDER / pointer.read_text().strip()
-            if (named / META).is_file():
-                return named
         return max(checkpoints(run), default=None)
     path = run / FOLDER / step_name(int(which)) if which.isdigit() else Path(which)
     if not (path / META).is_file():

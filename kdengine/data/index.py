@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from kdengine.data.build import Place, update
 from kdengine.data.dataset import CaptionTable, DatasetIndex, ShardIndex
 from kdengine.data.shards import expand
-from kdengine.data.store import index_root
+from kdengine.data.store import MAX_PIXELS, index_root
 from kdengine.data.validate import Require, Rules
 
 __all__ = ["MAX_PIXELS", "CaptionTable", "DatasetIndex", "ShardIndex", "ensure_index"]
-
-# the size at which Pillow, too, begins to suspect a decompression bomb; 268 MB decoded
-MAX_PIXELS = 89_478_485
 
 
 def ensure_index(
@@ -38,9 +35,10 @@ def ensure_index(
 ) -> DatasetIndex:
     """Open the index of the shards, first building whatever is missing or stale.
 
-    An index is stale when the size or time of its shard, max_pixels, the version of DALI or our
-    format changed; token ids when the version of the tokenizer did. Several processes may call this
-    at once: one builds, the others wait for it and find the index done.
+    An index is stale when the size or time of its shard, the version of DALI or our format changed;
+    token ids when the version of the tokenizer did. Another max_pixels or require is another index
+    beside the first. Several processes may call this at once: one builds, the others wait for it
+    and find the index done.
 
     Args:
         shards: see `expand`.

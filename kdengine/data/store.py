@@ -10,8 +10,10 @@
     ROOT/SHARD.tar/tokens-HASH.npy   ids of every caption for one tokenizer, [c, context]
     ROOT/SHARD.tar/quarantine.jsonl  the part of this shard
 
-ROOT is `.kdengine/REQUIRE` beside the shards, or a folder in the index folder that carries a hash
-of the shards' own folder, so that equal file names from two folders do not meet.
+ROOT is `.kdengine/RULES` beside the shards, or a folder in the index folder that carries a hash
+of the shards' own folder, so that equal file names from two folders do not meet. RULES is `caption`
+or `label`, with `-maxPIXELS` where that is not the default: indexes by other rules lie side by
+side, and who opens one leaves alone what another process reads.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ import numpy as np
 from kdengine.data.validate import Rules, ShardContents
 
 FORMAT = 1
+# the size at which Pillow, too, begins to suspect a decompression bomb; 268 MB decoded
+MAX_PIXELS = 89_478_485
 QUARANTINE = "quarantine.jsonl"
 KEY_START, CAPTION_FIRST, LABEL = 0, 1, 2
 
@@ -44,11 +48,14 @@ _DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cud
 def index_root(shard: str, index_dir: str | None, rules: Rules) -> Path:
     """The folder that holds the index folders of all shards beside this one."""
     parent = os.path.realpath(os.path.dirname(shard))
+    kind: str = rules.require
+    if rules.max_pixels != MAX_PIXELS:
+        kind += f"-max{rules.max_pixels}"
     if index_dir is None:
-        return Path(parent, ".kdengine", rules.require)
+        return Path(parent, ".kdengine", kind)
     digest = hashlib.sha256(os.fsencode(parent)).hexdigest()[:12]
     name = f"{os.path.basename(parent)}-{digest}"
-    return Path(os.path.abspath(os.path.expanduser(index_dir)), name, rules.require)
+    return Path(os.path.abspath(os.path.expanduser(index_dir)), name, kind)
 
 
 def make_stamp(shard: str, rules: Rules) -> dict[str, Any]:

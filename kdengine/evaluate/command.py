@@ -5,13 +5,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from kdengine.data.index import MAX_PIXELS
 from kdengine.evaluate.evaluator import run_evaluation
 from kdengine.evaluate.sets import parse_eval_sets
 from kdengine.models import Student, load_model
+from kdengine.ranks import on_gpu
 
 
 def evaluate_command(
@@ -26,7 +26,7 @@ def evaluate_command(
     out: str | Path | None = None,
     title: str | None = None,
 ) -> Table:
-    """Evaluate a model on sets of shards, on the GPU if there is one.
+    """Evaluate a model on sets of shards, on the GPU if there is one (see ``on_gpu``).
 
     Args:
         model: folder of an export, ``local-dir:PATH``, or ``ARCHITECTURE@TAG`` of open_clip, where
@@ -54,7 +54,7 @@ def evaluate_command(
             "--zeroshot NAME=SHARDS"
         )
     tower, spec = open_model(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if on_gpu() else "cpu"
     metrics = run_evaluation(
         tower.to(device),
         spec,

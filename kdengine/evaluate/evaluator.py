@@ -2,7 +2,7 @@
 """Evaluate a two-tower model on named data sets, on all ranks, as often as wanted."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
 from kdengine.evaluate.zeroshot import check_labels, evaluate_zeroshot
 from kdengine.models import TowerSpec, TwoTower
+from kdengine.ranks import first_then_all
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,11 @@ class Evaluator:
             )
         self.tokenizer = load_tokenizer(spec.tokenizer)
         self.indexes = [
-            _first_then_all(partial(_open, one, index_dir, max_pixels, self.progress), group)
+            first_then_all(
+                partial(_open, one, index_dir, max_pixels, self.progress),
+                f"evaluation set {one.name}",
+                group,
+            )
             for one in self.sets
         ]
 
@@ -188,25 +193,6 @@ def _open(one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool) 
         labels = torch.as_tensor(index.labels())
         check_labels(labels, len(one.read_classnames()), f"set {one.name}")
     return index
-
-
-def _first_then_all(work: Callable[[], DatasetIndex], group: ProcessGroup | None) -> DatasetIndex:
-    """Let rank 0 index while the others wait; they find the index made. Errors reach every rank."""
-    if group is None:
-        return work()
-    index, failure = None, None
-    if distributed.rank(group) == 0:
-        try:
-            index = work()
-        except Exception as error:
-            failure = error
-    box = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
-    if failure is not None:
-        raise failure
-    if box[0] is not None:
-        raise RuntimeError(f"rank 0 could not open an evaluation set: {box[0]}")
-    return work() if index is None else index
 
 
 def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:

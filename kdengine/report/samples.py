@@ -72,7 +72,7 @@ def choose_captions(runs: Sequence[Record]) -> Samples:
         return samples
     # a page without images is better than no page, whatever is wrong with the data
     try:
-        _fill(samples, models, shards, owner.get("data", "index_dir"))
+        _fill(samples, models, shards, _index_options(owner))
     except Exception as error:
         samples.found = []
         samples.notes.append(f"the images of {samples.dataset} cannot be used: {_say(error)}")
@@ -84,6 +84,14 @@ def _sets(run: Record) -> list[str]:
     words = run.get("eval", "retrieval")
     known = words if isinstance(words, list) else []
     return [word for word in known if isinstance(word, str) and "=" in word]
+
+
+def _index_options(run: Record) -> dict[str, Any]:
+    """How the run opened its indexes: any other way would build one of its own."""
+    options = {"index_dir": run.get("data", "index_dir")}
+    if (max_pixels := run.get("data", "max_pixels")) is not None:
+        options["max_pixels"] = max_pixels
+    return options
 
 
 def _load(runs: Sequence[Record], notes: list[str]) -> dict[int, Any]:
@@ -101,10 +109,10 @@ def _load(runs: Sequence[Record], notes: list[str]) -> dict[int, Any]:
     return models
 
 
-def _fill(samples: Samples, models: dict[int, Any], shards: str, index_dir: str | None) -> None:
+def _fill(samples: Samples, models: dict[int, Any], shards: str, options: dict[str, Any]) -> None:
     from kdengine.data import ensure_index
 
-    index = ensure_index(shards, index_dir=index_dir)
+    index = ensure_index(shards, **options)
     if not index.num_samples:
         raise ValueError(f"no good sample in {shards}")
     reach = min(index.num_samples, REACH)

@@ -42,16 +42,24 @@ def fake(run: Path, *steps: int, **meta: Any) -> None:
         (run / "checkpoints" / "latest").write_text(folder.name)
 
 
-def test_latest_is_what_the_pointer_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pointer", ["step_00000100", "step_00000050", "step_00000070", None])
+def test_latest_is_the_newest_complete_one_whatever_the_pointer_says(
+    pointer: str | None, tmp_path: Path
+) -> None:
+    """A kill between the rename of a checkpoint and the write of the pointer leaves it behind."""
     fake(tmp_path, 50, 100)
+    file = tmp_path / "checkpoints" / "latest"
+    if pointer is None:
+        file.unlink()
+    else:
+        file.write_text(pointer + "\n")
+    (tmp_path / "checkpoints" / "step_00000150").mkdir()  # without run.json: not complete
     assert checkpoint.find(tmp_path, "latest").name == "step_00000100"
+
+
+def test_a_step_names_its_checkpoint(tmp_path: Path) -> None:
+    fake(tmp_path, 50, 100)
     assert checkpoint.find(tmp_path, "50").name == "step_00000050"
-
-
-def test_latest_without_pointer_is_the_newest(tmp_path: Path) -> None:
-    fake(tmp_path, 50, 100)
-    (tmp_path / "checkpoints" / "latest").unlink()
-    assert checkpoint.find(tmp_path, "latest").name == "step_00000100"
 
 
 def test_latest_of_nothing_is_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """The real main() on a tiny student: the loss falls, ZeRO stages agree, bad steps are skipped."""
 
 import contextlib
+import json
 import math
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 LOG_SCALE_MAX = math.log(100)
+PRECISIONS = ("fp32", "amp_bf16", "bf16")
 
 
 def as_rank(rank: int, world_size: int) -> None:
@@ -70,9 +72,9 @@ def poisoned(rank: int, world_size: int, lines: list[list[str]], bad: set[int]) 
 def test_step_with_a_bad_loss_on_one_rank_is_skipped_by_all(
     run_ranks, words, records, tmp_path
 ) -> None:
-    modes = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+    modes = [(stage, precision) for stage in range(4) for precision in PRECISIONS]
     lines = [words(f"{z}{p}", train__zero_stage=z, train__precision=p) for z, p in modes]
-    assert run_ranks(poisoned, 2, lines, {3, 4}, timeout=240) == [[0] * 8] * 2
+    assert run_ranks(poisoned, 2, lines, {3, 4}, timeout=240) == [[0] * len(modes)] * 2
     for stage, precision in modes:
         run = tmp_path / "runs" / f"{stage}{precision}"
         found = records(run)
@@ -80,6 +82,56 @@ def test_step_with_a_bad_loss_on_one_rank_is_skipped_by_all(
         assert [r["loss"] is None for r in found] == [False, False, True, True, False, False], run
         # an export with a weight that is not finite is refused
         assert (run / "export" / "open_clip_model.safetensors").is_file()
+
+
+def blinded(rank: int, world_size: int, lines: list[list[str]]) -> list[list[Any]]:
+    """Take a step, one with an image of NaN on rank 1, and another good one.
+
+    Returns, for each line, whether the steps were taken, and whether all running statistics were
+    finite after each.
+    """
+    as_rank(rank, world_size)
+    from kdengine import arguments, train
+    from kdengine.stop import Stop
+
+    told = []
+    for line in lines:
+        config = arguments.parse(line)
+        with contextlib.ExitStack() as cleanup:
+            me = train.start_ranks(config)
+            job = train.build(config, me, Stop(), train.Heartbeat(me), cleanup)
+            module = job.engine.module
+            norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            batches, seen = iter(job.loader), []
+            for bad in (False, True, False):
+                batch = next(batches)
+                if bad and rank == 1:
+                    batch["image"][0] = math.nan
+                job.loader = iter([batch])
+                applied = train.run_step(job, save=False).applied
+                kept = [x.isfinite().all().item() for n in norms for x in n.buffers()]
+                counts = {n.num_batches_tracked.item() for n in norms}
+                seen.append((applied, bool(kept) and all(kept), counts))
+            told.append(seen)
+    return told
+
+
+def test_skipped_step_leaves_the_running_statistics_alone(run_ranks, words, tmp_path) -> None:
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    }
+    model = tmp_path / "resnet.json"
+    model.write_text(json.dumps(config))
+    modes = [(0, "fp32"), (3, "amp_bf16")]
+    lines = [
+        words(f"{z}{p}", model__model=model, train__zero_stage=z, train__precision=p)
+        for z, p in modes
+    ]
+    expected = [(True, True, {1}), (False, True, {1}), (True, True, {2})]
+    for told in run_ranks(blinded, 2, lines, timeout=240):
+        assert dict(zip(modes, told, strict=True)) == dict.fromkeys(modes, expected)
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(run_ranks, words) -> None:
@@ -129,7 +181,7 @@ def scales_after_a_step(rank: int, world_size: int, lines: list[list[str]]) -> l
 
 
 def test_clamped_scale_survives_the_fp32_masters(run_ranks, words) -> None:
-    modes = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+    modes = [(stage, precision) for stage in range(4) for precision in PRECISIONS]
     lines = [words(f"{z}{p}", train__zero_stage=z, train__precision=p) for z, p in modes]
     for told in run_ranks(scales_after_a_step, 2, lines, timeout=240):
         for mode, (used, master, visible) in zip(modes, told, strict=True):
