@@ -14,7 +14,7 @@ DESCRIPTION = "Distil large CLIP models into small ones."
 
 
 def index(
-    shards: Positional[tuple[str, ...]],
+    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS")],
     /,
     *,
     index_dir: str | None = None,
@@ -51,8 +51,8 @@ def index(
 
 
 def pack(
-    csv: Positional[Path],
-    out: Positional[Path],
+    csv: Annotated[Positional[Path], arg(metavar="CSV")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
     /,
     *,
     image_key: str = "filepath",
@@ -86,7 +86,7 @@ def pack(
 
 
 def evaluate(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     /,
     *,
     retrieval: tuple[str, ...] = (),
@@ -133,8 +133,8 @@ def evaluate(
 
 
 def export(
-    run: Positional[Path],
-    out: Positional[Path],
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
     /,
     *,
     step: str = "latest",
@@ -156,7 +156,7 @@ def export(
 
 
 def report(
-    runs: Positional[tuple[Path, ...]],
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")],
     /,
     *,
     out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),

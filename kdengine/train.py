@@ -148,6 +148,8 @@ def build(
     log.header(f"kdengine {folder}", rows | data_rows)
     if resumed:
         log.note(f"resumed from {resumed}, at step {state.step}")
+        if state.step >= total:
+            log.warn(f"nothing left to train: the run ends at step {total}")
     elif config.run.resume:
         log.warn(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
@@ -230,7 +232,7 @@ def train(job: Job) -> int:
         stopping, save_asked = step.stop, step.save
     if job.ranks.first:
         out = checkpoint.export_run(job.folder, job.folder / "export")
-        log.note(f"done: {job.total} steps; the student is in {out}")
+        log.note(f"done: {state.step} steps; the student is in {out}")
     job.ranks.barrier()
     return 0
 

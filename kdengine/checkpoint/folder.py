@@ -42,8 +42,8 @@ def find(run: Path, which: str) -> Path | None:
     if not (path / META).is_file():
         there = ", ".join(p.name for p in checkpoints(run)) or "none"
         raise FileNotFoundError(
-            f"resume: no checkpoint in {path} (no {META}); {run} has: {there}; give 'latest' or "
-            "the path of a step_* folder"
+            f"checkpoint: no checkpoint in {path} (no {META}); {run} has: {there}; give 'latest', "
+            "the number of a step, or the path of a step_* folder"
         )
     return path
 
