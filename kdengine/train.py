@@ -22,7 +22,6 @@ if __name__ == "__main__":
     sys.path[:0] = [root, os.path.join(root, "kernels")]
 
 import contextlib
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -42,11 +41,10 @@ from kdengine.evaluate import Evaluator, parse_eval_sets
 from kdengine.log import Meter, RunLog
 from kdengine.methods import Distillation, build_method
 from kdengine.models import Teacher, TowerSpec, build_from_spec
+from kdengine.models.towers import LOG_SCALE_MAX
 from kdengine.optimizer import Buffers, adamw, learning_rate, update
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import EXIT_STOPPED, Stop
-
-LOG_SCALE_MAX = math.log(100)
 
 
 @dataclass

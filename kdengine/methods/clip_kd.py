@@ -27,9 +27,9 @@ from torch.distributed import ProcessGroup
 from kdengine.losses import feature_loss, similarity_loss, similarity_terms
 from kdengine.methods.base import Method
 from kdengine.models import Features
+from kdengine.models.towers import LOG_SCALE_MAX
 
 LOG_SCALE_START = math.log(1 / 0.07)
-LOG_SCALE_MAX = math.log(100)
 
 
 class ClipKD(Method):
