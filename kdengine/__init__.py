@@ -8,7 +8,9 @@ torch nor triton, deepspeed, DALI or open_clip.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "DistillClipLoss", "__version__", "load_model"]
+MAX_PIXELS = 89_478_485
+"""Largest image by default; Pillow, too, suspects a decompression bomb from here on (268 MB)."""
+__all__ = ["MAX_PIXELS", "ClipLoss", "DistillClipLoss", "__version__", "load_model"]
 
 if TYPE_CHECKING:
     from kdengine.losses import ClipLoss, DistillClipLoss

@@ -9,10 +9,14 @@ The launcher's ``--local_rank`` and the customary ``--deepspeed`` switch are dro
 import dataclasses
 import difflib
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
+from tyro.conf import arg
 
 from kdengine.config import RunConfig, load_recipe, recipe_names
 
@@ -21,6 +25,27 @@ SHORT = {
     "--name": "--run.name",
     "--deepspeed-config": "--train.deepspeed-config",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Line:
+    """--section.key VALUE overrides the recipe; below are the values without that."""
+
+    recipe: Annotated[
+        str | None,
+        arg(
+            metavar="NAME",
+            help=f"What to start from: {', '.join(recipe_names())}, or the path of a .toml file.",
+            help_behavior_hint="",
+        ),
+    ] = None
+    resume: Annotated[str | None, arg(metavar="latest|FOLDER", help_behavior_hint="")] = None
+    """Go on from the newest checkpoint, or from one in a folder; short for --run.resume."""
+    name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Name of the run's folder; short for --run.name."""
+    deepspeed_config: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Also --deepspeed_config; short for --train.deepspeed-config."""
+    config: Annotated[RunConfig, arg(name="")] = RunConfig()
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -60,6 +85,7 @@ def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/trai
     ends with code 2.
     """
     try:
+        refuse_empty(argv)
         recipe, rest = split(argv)
         default = _one_length(load_recipe(recipe) if recipe else RunConfig(), rest)
         unknown = _unknown(rest)
@@ -68,15 +94,40 @@ def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/trai
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    recipes = f"--recipe NAME starts from one of: {', '.join(recipe_names())}"
-    description = f"{description}\n\n{recipes} (or a .toml file)."
+    if {"-h", "--help"}.intersection(rest):
+        # tyro breaks no line of a description
+        print(_wrapped(description.strip()), end="\n\n")
     try:
-        return tyro.cli(
-            RunConfig, prog=prog, default=default, args=rest, description=description.strip()
-        )
+        # what _Line names beside the configuration has been taken out or spelled out by now
+        return tyro.cli(_Line, prog=prog, default=_Line(config=default), args=rest).config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _wrapped(text: str) -> str:
+    """A text in lines that fit the terminal; an indented line breaks only at its column gap."""
+    width, parts = shutil.get_terminal_size().columns, []
+    for part in text.split("\n\n"):
+        if not part.startswith(" "):
+            part = textwrap.fill(part, width)
+        elif max(map(len, part.split("\n"))) > width:
+            part = re.sub(r"(?<=\S) {2,}", "\n" + " " * 8, part)
+        parts.append(part)
+    return "\n\n".join(parts)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty word: as a folder it would mean the current one, and nothing else either.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for last, word in zip(["", *words], words, strict=False):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            option = word if word.strip() else last
+            where = option.rstrip("=") if option.startswith("--") else f"after {option!r}"
+            raise ValueError(f"{where}: expected a value, got an empty text")
 
 
 def _one_length(config: RunConfig, words: Sequence[str]) -> RunConfig:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to models and data, and to the table that says what they are."""
 
+import hashlib
+import json
 import math
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kdengine.config import RunConfig
 from kdengine.data import ViewSpec, build_loader, build_synthetic_loader, ensure_index
-from kdengine.methods import needs_teacher
+from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import (
     PreprocessSpec,
     Student,
@@ -19,6 +22,20 @@ from kdengine.models import (
     build_teacher,
 )
 from kdengine.ranks import Ranks
+
+
+class Data(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+        loader: endless iterator over batches.
+        identity: what must be the same for a position in the data to mean the same; free of paths.
+        rows: for the run's header.
+    """
+
+    loader: Any
+    identity: dict[str, Any]
+    rows: dict[str, str]
 
 
 def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | None]:
@@ -37,10 +54,7 @@ def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | No
     if not needs_teacher(config.method.name):
         return student, None
     if config.distill.distill_model is None:
-        raise ValueError(
-            f"method {config.method.name}: expected a teacher, got none; name one with "
-            "--distill.distill-model, or use --method.name clip"
-        )
+        raise teacher_missing(config.method.name)
     precision = config.distill.distill_precision
     low = precision == "bf16" or (precision == "auto" and config.train.precision != "fp32")
     teacher = build_teacher(
@@ -70,8 +84,8 @@ def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> Non
 
 def build_data(
     config: RunConfig, ranks: Ranks, student: TowerSpec, teacher: TowerSpec | None
-) -> tuple[Any, int, dict[str, str]]:
-    """The training loader, the number of samples, and rows for the run's header.
+) -> Data:
+    """The training loader and what it is about.
 
     A batch holds ``image`` and ``tokens`` for the student, and ``teacher_image`` and
     ``teacher_tokens`` where the teacher wants others.
@@ -99,7 +113,8 @@ def build_data(
     if config.data.dataset_type == "synthetic":
         num_samples = config.data.train_num_samples
         loader = build_synthetic_loader(num_samples, **shared)
-        return loader, num_samples, {"samples": f"{num_samples} (synthetic)"}
+        identity = {"num_samples": num_samples, "shards": "synthetic"}
+        return Data(loader, identity, {"samples": f"{num_samples} (synthetic)"})
     index = open_index(config, ranks, sorted(set(tokenizers.values())))
     loader = build_loader(
         index,
@@ -115,7 +130,12 @@ def build_data(
     }
     if index.num_quarantined:
         rows["quarantined"] += f", listed in {index.quarantine_paths[0]}"
-    return loader, index.num_samples, rows
+    shards = [
+        (os.path.basename(shard.tar), os.path.getsize(shard.tar), shard.num_samples)
+        for shard in index.shards
+    ]
+    digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    return Data(loader, {"num_samples": index.num_samples, "shards": digest}, rows)
 
 
 def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:
@@ -136,6 +156,16 @@ def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:
         )
 
     return ranks.first_then_all(ensure, "index")
+
+
+def checksum(module: nn.Module) -> int:
+    """Sum of the bit patterns of a module's floating point weights: equal on any device."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(
+        int(x.detach().contiguous().view(integers[x.itemsize]).sum(dtype=torch.int64))
+        for x in module.state_dict().values()
+        if x.is_floating_point()
+    )
 
 
 def view(preprocess: PreprocessSpec) -> ViewSpec:

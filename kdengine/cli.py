@@ -3,40 +3,46 @@
 
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from kdengine import MAX_PIXELS, arguments, errors
 
 DESCRIPTION = "Distil large CLIP models into small ones."
 
 
 def index(
-    shards: Annotated[Positional[tuple[str, ...]], arg(metavar="SHARDS")],
+    shards: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="SHARDS", help_behavior_hint="(required)")
+    ],
     /,
     *,
-    index_dir: str | None = None,
+    index_dir: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None,
     tokenizers: tuple[str, ...] = ("simple:77",),
-    max_pixels: int = 89_478_485,
+    max_pixels: int = MAX_PIXELS,
     require: Literal["caption", "label"] = "caption",
-    workers: int | None = None,
+    workers: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
 ) -> int:
-    """Validate every sample of the shards once and write the index that training reads.
+    """Check every sample of the shards once and write the index that training reads.
 
     Args:
         shards: Files, or braces ('/data/{00000..00331}.tar'); several may be joined by '::'.
-        index_dir: Folder for the index, where the shards' own folder cannot be written.
+        index_dir: Folder for the index; by default beside the shards.
         tokenizers: Tokenizers whose token ids are stored, as 'simple:CONTEXT' or 'hf:NAME:CONTEXT'.
         max_pixels: An image whose header states more pixels is quarantined before any decode.
         require: What a sample needs beside its image: a caption, or the label of a class.
         workers: Processes; all cores by default.
     """
-    from kdengine.data import ensure_index, summary_table
-
     if not shards:
-        raise ValueError("kdengine index: expected shards, got none; name at least one .tar file")
+        raise ValueError("index: expected shards, got none; name at least one .tar file")
+    from kdengine.data import ensure_index, summary_table
+    from kdengine.data.summary import no_good_sample
+
     found = ensure_index(
         "::".join(shards),
         index_dir=index_dir,
@@ -47,6 +53,10 @@ def index(
         progress=True,
     )
     _print(summary_table(found))
+    for path in found.quarantine_paths if found.num_quarantined else ():
+        print(path)
+    if not found.num_samples:
+        print(f"error: index: {no_good_sample(found)}", file=sys.stderr)
     return 0 if found.num_samples else 1
 
 
@@ -57,17 +67,17 @@ def pack(
     *,
     image_key: str = "filepath",
     caption_key: str = "title",
-    separator: str | None = None,
+    separator: Annotated[str | None, arg(metavar="CHARACTER", help_behavior_hint="")] = None,
     shard_size: int = 10_000,
 ) -> int:
     """Make img2dataset-style shards from a table of image paths and captions.
 
     Args:
-        csv: Table with a header; image paths are relative to its folder.
+        csv: Text table (comma or tab) with a header; image paths are relative to its folder.
         out: Folder for the shards.
         image_key: Column of the image paths.
         caption_key: Column of the captions.
-        separator: Column separator; found out from the header by default.
+        separator: Between columns; by default a tab where the header has one, else a comma.
         shard_size: Samples in a shard.
     """
     from kdengine.data import pack as pack_csv
@@ -89,13 +99,13 @@ def evaluate(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     /,
     *,
-    retrieval: tuple[str, ...] = (),
-    zeroshot: tuple[str, ...] = (),
+    retrieval: Annotated[tuple[str, ...], arg(metavar="SET...", help_behavior_hint="")] = (),
+    zeroshot: Annotated[tuple[str, ...], arg(metavar="SET...", help_behavior_hint="")] = (),
     batch_size: int = 128,
-    index_dir: str | None = None,
-    max_pixels: int = 89_478_485,
+    index_dir: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None,
+    max_pixels: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
     workers: int = 4,
-    out: Path | None = None,
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
 ) -> int:
     """Evaluate an exported folder, a run, or an open_clip model on sets of shards.
 
@@ -104,26 +114,34 @@ def evaluate(
         retrieval: Sets of image-caption pairs, each 'NAME=SHARDS'.
         zeroshot: Classification sets, each 'NAME=SHARDS' or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
         batch_size: Images in a batch.
-        index_dir: Folder for the index, where the shards' own folder cannot be written.
-        max_pixels: An image whose header states more pixels is quarantined before any decode.
+        index_dir: Folder for the index; by default a run's data.index_dir, or beside the shards.
+        max_pixels: Largest image that is not quarantined; by default that of the run, or 89478485.
         workers: Decoding threads.
         out: Also write the numbers to this JSON file.
     """
-    from kdengine.checkpoint import export_run
+    # what can be wrong with the words is found before torch is loaded
+    own = _run_settings(model)
+    sets = _parse_sets(retrieval, zeroshot)
+    if min(batch_size, workers) < 1:
+        raise ValueError("eval: --batch-size and --workers must be at least 1")
+    if out is not None and out.is_dir():
+        raise IsADirectoryError(f"eval: --out {out} is a folder; expected the name of a file")
     from kdengine.evaluate import evaluate_command
 
     with tempfile.TemporaryDirectory() as folder:
         exported = model
-        if (Path(model) / "checkpoints").is_dir():
+        if own is not None:
+            from kdengine.checkpoint import export_run
+
             exported = f"{folder}/export"
             export_run(Path(model), Path(exported))
+        own = {"index_dir": None, "max_pixels": MAX_PIXELS} | (own or {})
         table = evaluate_command(
             exported,
-            retrieval=retrieval,
-            zeroshot=zeroshot,
+            sets,
             batch_size=batch_size,
-            index_dir=index_dir,
-            max_pixels=max_pixels,
+            index_dir=own["index_dir"] if index_dir is None else index_dir,
+            max_pixels=own["max_pixels"] if max_pixels is None else max_pixels,
             num_threads=workers,
             out=out,
             title=model,
@@ -138,7 +156,7 @@ def export(
     /,
     *,
     step: str = "latest",
-    force: bool = False,
+    force: FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Write a run's student as a folder that open_clip loads with 'local-dir:OUT'.
 
@@ -146,8 +164,9 @@ def export(
         run: Folder of the run.
         out: Folder to write.
         step: Which checkpoint: 'latest' or its step.
-        force: Replace what is in the folder.
+        force: Write into a folder that holds other files; those stay.
     """
+    _check_folder("export", run)
     from kdengine.checkpoint import export_run
 
     export_run(run, out, step=step, force=force)
@@ -156,7 +175,9 @@ def export(
 
 
 def report(
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")],
+    runs: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="RUN...", help_behavior_hint="(required)")
+    ],
     /,
     *,
     out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),
@@ -167,10 +188,12 @@ def report(
         runs: Folders of runs.
         out: The page.
     """
+    if not runs:
+        raise ValueError("report: expected folders of runs, got none")
+    for run in runs:
+        _check_folder("report", run)
     from kdengine.report import write_report
 
-    if not runs:
-        raise ValueError("kdengine report: expected folders of runs, got none")
     write_report(list(runs), out)
     print(f"wrote {out}")
     return 0
@@ -194,9 +217,9 @@ def train(words: Positional[tuple[str, ...]], /) -> int:
     Args:
         words: What kdengine/train.py takes; 'kdengine train --help' lists it.
     """
-    from kdengine.train import main as run_training
+    from kdengine.train import command
 
-    return run_training(list(words)) or 0
+    return command(list(words))
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -210,6 +233,42 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+def _check_folder(command: str, folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{command}: {folder} {what}; expected the folder of a run")
+
+
+def _run_settings(model: str) -> dict[str, Any] | None:
+    """The section [data] of a run's configuration; None for a model that is no folder of a run."""
+    path = Path(model)
+    if model.startswith(("/", ".", "~")) and not path.exists():
+        raise FileNotFoundError(
+            f"eval: {model} does not exist; expected the folder of a run or of an export, or "
+            "'ARCHITECTURE@TAG'"
+        )
+    config = path / "config.toml"
+    if not config.is_file():
+        return {} if (path / "checkpoints").is_dir() else None
+    try:
+        # read loosely: another version of kdengine may have written settings that this one lacks
+        return tomllib.loads(config.read_text(encoding="utf-8")).get("data", {})
+    except ValueError as error:
+        raise ValueError(f"eval: {config} is not valid TOML: {error}") from None
+
+
+def _parse_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[Any]:
+    from kdengine.evaluate import parse_eval_sets
+
+    sets = parse_eval_sets(retrieval, zeroshot)
+    if not sets:
+        raise ValueError(
+            "eval: expected at least one set; give --retrieval NAME=SHARDS or --zeroshot "
+            "NAME=SHARDS"
+        )
+    return sets
+
+
 def _print(table: object) -> None:
     from rich.console import Console
 
@@ -217,18 +276,26 @@ def _print(table: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; errors that name their mend are printed without a traceback."""
+    """Run one command; what the user can mend is one line and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["train"]:  # its options are those of a run, parsed over there
             return train(tuple(words[1:]))
+        arguments.refuse_empty(words)
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="kdengine", description=DESCRIPTION, args=words
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        # a rank's notes say where it stood
-        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 2
+    except BrokenPipeError:
+        errors.forget_reader()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not errors.is_refusal(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return errors.EXIT_REFUSED
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from kdengine import MAX_PIXELS
+
 RECIPES = Path(__file__).parent / "recipes"
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class Data:
     """Samples in an epoch of synthetic data; shards know their own number."""
     index_dir: str | None = None
     """Folder for the index, where the shards' own folder cannot be written."""
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
     """An image whose header states more pixels is quarantined before any decode."""
     caption: Literal["random", "first"] = "random"
     """Which of a sample's captions a step uses."""
@@ -100,6 +102,7 @@ class Method:
     name: Literal["clip", "clip_kd"] = "clip_kd"
     """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL."""
     clip_kd: ClipKD = field(default_factory=ClipKD)
+    """Settings of method clip_kd."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +112,11 @@ class Optim:
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.98
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-6
+    """Added to the root of the mean of squared gradients."""
     wd: float = 0.1
     """Weight decay; norms, biases and scales get none."""
     warmup: int = 10_000
@@ -149,6 +155,7 @@ class Train:
     max_skipped: int = 10
     """Consecutive steps with a non-finite loss or gradient that are skipped; one more stops."""
     seed: int = 0
+    """Of weights, data order and all random draws."""
 
     def __post_init__(self) -> None:
         _check("train", "batch_size", self.batch_size, "a size >= 1", self.batch_size >= 1)
@@ -182,6 +189,7 @@ class Eval:
     val_frequency: int = 0
     """Evaluate every so many steps; 0 only at the end."""
     batch_size: int = 128
+    """Images on each rank at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +197,23 @@ class Run:
     """Names, logs, checkpoints."""
 
     name: str = "run"
+    """Folder of the run."""
     logs: str = "runs"
     """Everything is written under LOGS/NAME."""
     resume: str | None = None
-    """'latest', or the folder of a checkpoint."""
+    """'latest', the number of a step, or the folder of a checkpoint."""
     log_every_n_steps: int = 10
+    """Steps from one line of the log to the next."""
     save_every_n_steps: int = 1000
-    """0 saves by minutes and at the end only."""
+    """Steps from one checkpoint to the next; 0 saves by minutes and at the end only."""
     save_every_minutes: float = 30.0
-    """0 saves by steps and at the end only."""
+    """Minutes from one checkpoint to the next; 0 saves by steps and at the end only."""
     keep_last: int = 2
     """Checkpoints to keep."""
     timeout_minutes: float = 20.0
     """A rank that keeps the others waiting for longer ends the run."""
     tensorboard: bool = True
+    """Also write TensorBoard files."""
 
     def __post_init__(self) -> None:
         every, keep, wait = self.log_every_n_steps, self.keep_last, self.timeout_minutes

@@ -100,19 +100,20 @@ class RunLog:
             return
         append(self.folder / EVALUATIONS, {"step": step, **results})
         self._write_board("eval", {"step": step, **results})
-        table = Table(title=f"evaluation at step {step} ({time_s:.1f} s)", title_justify="left")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
         for name, value in results.items():
-            table.add_row(name, f"{value:.4f}")
-            self._keep(f"step {step} {name} {value:.4f}")
-        self._console.print(table)
+            self._keep(f"step {step} {name} {metric_text(name, value)}")
+        title = f"evaluation at step {step} ({time_s:.1f} s)"
+        self._console.print(metrics_table(results, title))
 
-    def close(self) -> None:
-        """Take the progress line off the screen and close the files."""
+    def pause(self) -> None:
+        """Take the progress line off the screen, for another bar; the next step brings it back."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def close(self) -> None:
+        """Take the progress line off the screen and close the files."""
+        self.pause()
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -181,6 +182,25 @@ def progress_line(values: Mapping[str, float | int], total: int) -> str:
     if values["num_skipped"]:
         parts.append(f"skipped {values['num_skipped']}")
     return "  ".join(parts)
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric as people read it: ranks as they are, shares in percent."""
+    return f"{value:.1f}" if name.endswith("_rank") else f"{100 * value:.1f} %"
+
+
+def metrics_table(results: Mapping[str, float], title: str) -> Table:
+    """One row a metric, by the set it was measured on."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("set", "metric"):
+        table.add_column(column)
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        where, _, metric = name.partition("/")
+        table.add_row(where, metric, metric_text(name, value))
+    if any("/1caption/" in name for name in results):
+        table.caption = "1caption: with the first caption of each image only"
+    return table
 
 
 def duration(seconds: float) -> str:

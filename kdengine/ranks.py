@@ -8,6 +8,7 @@ import contextlib
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,10 @@ LOST_SECONDS = 120.0
 FAREWELL_SECONDS = 5.0
 PHASES = ("starting", "evaluating", "saving", "loading data", "computing", "updating")
 T = TypeVar("T")
+
+
+class FirstFailed(RuntimeError):
+    """Rank 0 failed and says why itself."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def first_then_all(work: Callable[[], T], name: str, group: dist.ProcessGroup | 
         group: the ranks; None for one process.
 
     Raises:
-        RuntimeError: rank 0 failed (it raises the error itself) or was lost.
+        FirstFailed: rank 0 failed; it raises the error itself.
+        RuntimeError: rank 0 was lost.
     """
     if group is None or dist.get_world_size(group) == 1:
         return work()
@@ -111,7 +117,7 @@ def first_then_all(work: Callable[[], T], name: str, group: dist.ProcessGroup | 
         return _work_first(work, store, call, dist.get_world_size(group) - 1)
     failure = _await_first(store, call, name)
     if failure:
-        raise RuntimeError(f"{name}: rank 0 failed: {failure}")
+        raise FirstFailed(f"{name}: rank 0 failed: {failure}")
     return work()
 
 
@@ -172,6 +178,19 @@ def _await_first(store: dist.Store, call: str, name: str) -> str:
             "last"
         ) from error
     return failure
+
+
+def tell(error: Exception) -> None:
+    """Print why a run was refused: once, though every rank may have found it out."""
+    first = not isinstance(error, FirstFailed)
+    if first and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            first = _store().add(f"kdengine/told/{error}", 1) == 1
+    if first:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        # a launcher ends all ranks when the first has ended: that must not be before the line above
+        time.sleep(POLL_SECONDS * 5)
 
 
 def environment() -> None:
@@ -250,7 +269,7 @@ class Heartbeat:
     def report(self) -> str:
         """One line that says where each rank was last seen, those behind first."""
         if self.ranks.world_size == 1:
-            return f"rank 0 of 1, after step {self.step}"
+            return f"after step {self.step}"
         seen, missing = [], []
         for rank in range(self.ranks.world_size):
             key = f"kdengine/beat/{rank}"

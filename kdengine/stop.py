@@ -23,6 +23,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 0.5
 
 
+def leave_on_signal() -> None:
+    """Until a ``Stop`` takes over, a request to stop ends this process with ``EXIT_STOPPED``."""
+    for number in SIGNALS:
+        signal.signal(number, _leave_now)
+
+
+def _leave_now(number: int, frame: FrameType | None) -> None:
+    # not by an exception: this may come in the middle of an import
+    os.write(2, f"asked to stop by {signal.Signals(number).name}: nothing to save\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
 class Stop:
     """Remembers the first request to stop; a context manager that owns the signal handlers.
 

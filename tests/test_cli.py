@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kdengine command: help, refusals, and index to pack to eval on real shards."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from kdengine import cli
+from kdengine import MAX_PIXELS, cli
 from kdengine.cli import COMMANDS, main
-from kdengine.data.index import MAX_PIXELS
+from kdengine.config import RunConfig, from_dict, to_toml
+from kdengine.data import index
+from kdengine.data.packing import pack
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,49 +38,164 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["index"], "expected shards, got none"),
-        (["index", "/nowhere/{0..3}.tar"], "/nowhere/0.tar"),
-        (["index", "s3://bucket/0.tar"], "s3://bucket/0.tar"),
-        (["report"], "expected folders of runs"),
-        (["export", "/nowhere/run", "/nowhere/out"], "/nowhere/run"),
-        (["eval", "/nowhere/model"], "expected at least one set"),
+        (["index"], "index: expected shards, got none"),
+        (["index", "/nowhere/{0..3}.tar"], "shards: none of the 4 shards exists"),
+        (["index", "/nowhere/0.tar"], "shards: there is no file /nowhere/0.tar"),
+        (["index", "s3://bucket/0.tar"], "shards: they must be local files; got 's3://bucket/0"),
+        (["index", "x.tar", "--index-dir", ""], "--index-dir: expected a value, got an empty text"),
+        (["index", "x.tar", "--index-dir="], "--index-dir: expected a value, got an empty text"),
+        (["index", ""], "after 'index': expected a value, got an empty text"),
+        (["index", "x.tar", "--tokenizers", "clip"], "shards: there is no file"),
+        (["pack", "/nowhere/a.csv", "/nowhere/out"], "pack: /nowhere/a.csv does not exist"),
+        (["report"], "report: expected folders of runs"),
+        (["report", "/nowhere/run"], "report: /nowhere/run does not exist"),
+        (["export", "/nowhere/run", "/nowhere/out"], "export: /nowhere/run does not exist"),
+        (["eval", ""], "after 'eval': expected a value, got an empty text"),
+        (
+            ["eval", "/nowhere/model", "--retrieval", "a=b.tar"],
+            "eval: /nowhere/model does not exist",
+        ),
+        (["eval", "ViT-T-16"], "eval: expected at least one set"),
+        (["eval", "ViT-T-16", "--retrieval", "b.tar"], "evaluation set: expected 'NAME=SHARDS'"),
+        (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--batch-size", "0"], "eval: --batch-size"),
+        (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--out", "/"], "eval: --out / is a folder"),
     ],
-    ids=["no-shards", "missing-shard", "remote-shard", "no-runs", "no-run", "no-sets"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_call_ends_with_its_mend_and_code_2(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
+    assert error.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, RuntimeError])
-def test_an_error_of_training_is_printed_with_its_notes(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "--bad-option"],
+        ["eval", "/nowhere"],
+        ["eval", "ViT-T-16"],
+        ["index"],
+        ["index", "/nowhere.tar"],
+        ["pack", "/nowhere.csv", "/nowhere"],
+        ["export", "/nowhere", "/nowhere"],
+        ["report", "/nowhere"],
+        ["train", "--bad-option"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_call_is_refused_before_anything_heavy_is_imported(
+    words: list[str], repository: Path
 ) -> None:
+    code = (
+        "import sys\nfrom kdengine.cli import main\n"
+        f"try:\n    code = main({words})\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "heavy = 'torch', 'open_clip', 'deepspeed', 'nvidia.dali', 'matplotlib', 'transformers'\n"
+        "print(code, [name for name in heavy if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True
+    )
+    assert found.stdout.splitlines()[-1] == "2 []", found.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(words: tuple[str, ...]) -> int:
-        error = kind("train: expected a length, got none")
-        error.add_note("on rank 0 of 1; building")
-        error.add_note("a second note")
-        raise error
+        raise RuntimeError("from elsewhere")
 
     monkeypatch.setattr(cli, "train", fails)
-    assert main(["train"]) == 2
-    printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "error: train: expected a length, got none"
-    assert printed[1:] == ["on rank 0 of 1; building", "a second note"]
+    with pytest.raises(RuntimeError, match="from elsewhere"):
+        main(["train"])
 
 
-def test_eval_uses_the_index_of_the_limit_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the evaluation was asked for; nothing is evaluated or exported."""
     seen: dict[str, object] = {}
     monkeypatch.setattr(
         "kdengine.evaluate.evaluate_command", lambda *_, **options: seen.update(options)
     )
-    assert main(["eval", "/nowhere/model", "--max-pixels", "1000000"]) == 0
-    assert seen["max_pixels"] == 1_000_000
-    assert main(["eval", "/nowhere/model"]) == 0
-    assert seen["max_pixels"] == MAX_PIXELS
+    monkeypatch.setattr("kdengine.checkpoint.export_run", lambda *_: None)
+    return seen
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that was trained with its own index folder and limit."""
+    config = from_dict(
+        RunConfig, {"data": {"max_pixels": 1234, "index_dir": "/there/index"}}, "test"
+    )
+    (tmp_path / "run").mkdir()
+    text = to_toml(config) + "\n[data_of_another_version]\nunknown = 1\n"
+    (tmp_path / "run" / "config.toml").write_text(text)
+    return tmp_path / "run"
+
+
+EVAL = ["--retrieval", "a=b.tar"]
+
+
+def test_eval_of_a_run_opens_its_indexes_as_training_did(asked: dict, run: Path) -> None:
+    assert main(["eval", str(run), *EVAL]) == 0
+    assert (asked["index_dir"], asked["max_pixels"]) == ("/there/index", 1234)
+
+
+def test_options_of_eval_replace_those_of_the_run(asked: dict, run: Path) -> None:
+    assert main(["eval", str(run), *EVAL, "--index-dir", "here", "--max-pixels", "7"]) == 0
+    assert (asked["index_dir"], asked["max_pixels"]) == ("here", 7)
+
+
+def test_eval_of_no_run_has_the_defaults(asked: dict) -> None:
+    assert main(["eval", "ViT-T-16", *EVAL]) == 0
+    assert (asked["index_dir"], asked["max_pixels"]) == (None, MAX_PIXELS)
+
+
+def test_eval_of_a_run_whose_configuration_is_broken_says_so(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.toml").write_text("[data")
+    assert main(["eval", str(run), *EVAL]) == 2
+    assert "config.toml is not valid TOML" in capsys.readouterr().err
+
+
+def test_the_limit_on_pixels_has_one_definition() -> None:
+    limits = (RunConfig().data.max_pixels, index.MAX_PIXELS, MAX_PIXELS)
+    assert limits == (MAX_PIXELS,) * 3
+    defaults = [f.__kwdefaults__["max_pixels"] for f in (cli.index, index.ensure_index, pack)]
+    assert defaults == [MAX_PIXELS] * 3
+
+
+def label_shard(path: Path) -> str:
+    """Two images with a class label each."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), 99).save(image, "JPEG")
+    with tarfile.open(path, "w") as tar:
+        for name in ("0.jpg", "0.cls", "1.jpg", "1.cls"):
+            data = image.getvalue() if name.endswith("jpg") else b"1"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_index_of_labels_without_captions_hints_at_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = label_shard(tmp_path / "0.tar")
+    assert main(["index", shard, "--workers", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "error: index: no good sample among 2" in error and "--require label" in error
+    assert main(["index", shard, "--workers", "0", "--require", "label"]) == 0
+
+
+def test_index_prints_the_path_of_the_quarantine_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("a-long-name-" * 12)
+    folder.mkdir()
+    main(["index", label_shard(folder / "0.tar"), "--workers", "0"])
+    (listed,) = folder.rglob("caption/quarantine.jsonl")
+    assert str(listed) in capsys.readouterr().out.splitlines()
 
 
 def test_index_prints_what_was_kept_and_what_not(

@@ -146,5 +146,29 @@ def test_every_field_is_an_option_and_has_help(capsys: pytest.CaptureFixture[str
         assert option in printed
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_the_terminal_and_begins_with_the_short_options(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "Train.\n\n    train --recipe NAME " + 30 * "x" + "   in a line\n\n" + 60 * "word "
+    with pytest.raises(SystemExit):
+        parse(["--help"], description=text)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    first = "\n".join(lines).split("data options")[0]
+    for option in ("--recipe", "--resume", "--name", "--deepspeed_config"):
+        assert option in first
+    assert all(name in " ".join(first.replace("│", " ").split()) for name in recipe_names())
+
+
+@pytest.mark.parametrize("words", [["--run.name", ""], ["--run.name="], ["--name", " "]])
+def test_an_empty_value_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(words)
+    assert stop.value.code == 2
+    assert "name: expected a value, got an empty text" in capsys.readouterr().err
+
+
 def test_to_dict_leaves_out_what_is_none() -> None:
     assert "grad_clip_norm" not in to_dict(Optim())

@@ -14,14 +14,9 @@ from open_clip_train.zero_shot import accuracy
 from kdengine import evaluate, models
 from kdengine.data.tokenize import load_tokenizer
 from kdengine.evaluate.embed import embed_images, embed_texts
+from kdengine.evaluate.prompts import fill, read_classnames, read_templates
 from kdengine.evaluate.retrieval import first_positive, recall_and_rank, retrieval_metrics
-from kdengine.evaluate.zeroshot import (
-    class_embeddings,
-    fill,
-    read_classnames,
-    read_templates,
-    zeroshot_metrics,
-)
+from kdengine.evaluate.zeroshot import class_embeddings, zeroshot_metrics
 
 NAMES = ["dog", "cat", "red car", "{house}", "tree", "crane", "crane"]
 TEMPLATES = ["a photo of a {}.", "the {c}"]
@@ -192,7 +187,7 @@ def test_every_rank_gets_the_metrics_of_one_process(run_ranks, world_size):
 
 
 FAULTS = {
-    "nan": "embeddings of 5 of 10 images are not finite (first numbers: [5, 6, 7, 8, 9])",
+    "nan": "images: the embeddings of 5 of 10 are not finite (first numbers: [5, 6, 7, 8, 9])",
     "missing": "each of 10 samples once; 1 are missing, 0 came more than once",
     "double": "1 are missing, 1 came more than once",
 }
@@ -226,7 +221,7 @@ def test_a_fault_on_one_rank_is_an_error_on_all(run_ranks):
 def test_text_embeddings_that_are_not_finite_are_an_error():
     model = small_model()
     model.clip.text_projection.data[0, 0] = torch.inf
-    with pytest.raises(RuntimeError, match="2 of 2 texts are not finite"):
+    with pytest.raises(RuntimeError, match="^texts: .*2 of 2 are not finite"):
         embed_texts(model, ["a dog", "a cat"], load_tokenizer("simple:16"))
 
 
@@ -236,7 +231,7 @@ def test_sample_beyond_the_set_is_an_error():
 
 
 def test_loader_without_a_batch_is_an_error():
-    with pytest.raises(RuntimeError, match="gave no batch"):
+    with pytest.raises(RuntimeError, match="^images: .*gave no batch"):
         embed_images(small_model(), [], 5)
 
 
@@ -273,7 +268,7 @@ def test_labels_that_are_no_class_are_refused(labels, match):
 
 
 def test_sample_without_caption_is_refused():
-    with pytest.raises(ValueError, match="1 of 2 have none, the first is sample 1"):
+    with pytest.raises(ValueError, match="^captions: .*1 of 2 have none, the first is sample 1"):
         evaluate.evaluate_retrieval(small_model(), [], [["a"], []], load_tokenizer("simple:16"))
 
 

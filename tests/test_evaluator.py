@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of named sets: how they are written, opened, shared out; real photos."""
 
+import io
 import itertools
 import json
 import math
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from open_clip_train.zero_shot import accuracy
 
 from kdengine import evaluate, models
 from kdengine.evaluate import EvalSet, command, evaluator
-from kdengine.evaluate.command import evaluate_command, metrics_table
+from kdengine.evaluate.command import evaluate_command
 
 
 @pytest.fixture
@@ -25,51 +27,6 @@ def prompts(tmp_path: Path) -> Path:
     (tmp_path / "cifar-classnames.txt").write_text("dog\ncat\n")
     (tmp_path / "cifar-templates.txt").write_text("a {}\n")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "shards", ["cifar-zeroshot.tar", "cifar-zeroshot-{000..009}.tar", "cifar-zeroshot_{0..9}.tar"]
-)
-def test_prompt_files_are_found_beside_the_shards(prompts, shards):
-    (found,) = evaluate.parse_eval_sets([], [f"c10={prompts}/{shards}"])
-    assert found == EvalSet(
-        name="c10",
-        shards=f"{prompts}/{shards}",
-        kind="zeroshot",
-        classnames=f"{prompts}/cifar-classnames.txt",
-        templates=f"{prompts}/cifar-templates.txt",
-    )
-
-
-def test_sets_are_read_in_order(prompts):
-    word = f"in = /data/val.tar ; imagenet ; {prompts}/cifar-templates.txt"
-    found = evaluate.parse_eval_sets(["coco=/data/coco-{0..3}.tar", "f=a.tar::b.tar"], [word])
-    assert [one.name for one in found] == ["coco", "f", "in"]
-    assert found[1].shards == "a.tar::b.tar"
-    assert (found[2].shards, found[2].classnames) == ("/data/val.tar", "imagenet")
-
-
-@pytest.mark.parametrize(
-    ("retrieval", "zeroshot", "match"),
-    [
-        (["/data/val.tar"], [], "expected 'NAME=SHARDS'"),
-        (["/data/a=b.tar"], [], "expected 'NAME=SHARDS'"),
-        (["a="], [], "expected 'NAME=SHARDS'"),
-        (["a b=x.tar"], [], "made of letters"),
-        (["a=x.tar", "a=y.tar"], [], r"given twice: \['a'\]"),
-        ([], ["a=x.tar"], "X-zeroshot.tar with X-classnames.txt"),
-        ([], ["a=x.tar;imagenet"], "expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES'"),
-    ],
-    ids=["no name", "path", "no shards", "blank", "twice", "no prompts", "one file"],
-)
-def test_malformed_sets_are_refused(retrieval, zeroshot, match):
-    with pytest.raises(ValueError, match=match):
-        evaluate.parse_eval_sets(retrieval, zeroshot)
-
-
-def test_zeroshot_set_without_templates_is_refused():
-    with pytest.raises(ValueError, match="needs class names and templates"):
-        EvalSet(name="x", shards="x.tar", kind="zeroshot", classnames="imagenet")
 
 
 class FakeIndex:
@@ -120,6 +77,27 @@ def test_evaluator_names_metrics_by_set_and_restores_the_mode(two_sets):
     assert {"c10/zeroshot-top1", "c10/zeroshot-top5"} <= set(found)
     assert all(math.isfinite(value) for value in found.values())
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("labels", [[0] * 9 + [2], [0] * 9 + [-1]], ids=["large", "none"])
+def test_labels_beyond_the_class_names_are_an_error_of_their_set(two_sets, monkeypatch, labels):
+    monkeypatch.setattr(FakeIndex, "labels", lambda self: torch.tensor(labels).numpy())
+    _, spec = models.build_student("ViT-Pico-32", seed=0)
+    with pytest.raises(ValueError, match="^evaluation set c10: labels: expected 0 to 1.*sample 9"):
+        evaluate.Evaluator(spec, two_sets)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_for_each_set_is_shown_on_a_terminal_only(two_sets, monkeypatch, terminal):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    tower, spec = models.build_student("ViT-Pico-32", seed=0)
+    evaluate.run_evaluation(tower, spec, two_sets, batch_size=4, progress=True)
+    shown = screen.getvalue()
+    # 3 batches of images each; 3 of captions, 1 of prompts
+    told = "evaluate pairs", "6 batches", "evaluate c10", "4 batches", "100%"
+    assert all(text in shown for text in told) if terminal else shown == ""
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
@@ -195,19 +173,8 @@ def test_command_keeps_off_the_gpu_when_told(monkeypatch, accelerator, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "open_model", lambda _: (Tower(), None))
     monkeypatch.setattr(command, "run_evaluation", lambda *_, **options: seen.update(options) or {})
-    evaluate_command("anything", retrieval=["x=x.tar"])
+    evaluate_command("anything", [EvalSet(name="x", shards="x.tar", kind="retrieval")])
     assert seen["device"] == device
-
-
-def test_table_shows_shares_in_percent_and_ranks_as_they_are():
-    table = metrics_table({"a/1caption/image_to_text_R@1": 0.5, "a/x_mean_rank": 3.25}, "t")
-    cells = [list(column.cells) for column in table.columns]
-    assert cells == [["a", "a"], ["1caption/image_to_text_R@1", "x_mean_rank"], ["50.00 %", "3.2"]]
-
-
-def test_command_without_a_set_is_refused():
-    with pytest.raises(ValueError, match="at least one set"):
-        evaluate_command("anything")
 
 
 def evaluate_photos(rank: int, world_size: int, folder: str, data: str) -> dict[str, float]:
@@ -289,7 +256,7 @@ def test_command_evaluates_an_exported_folder(photos, test_data, tmp_path):
     folder, expected = photos
     table = evaluate_command(
         f"{folder}/student",
-        zeroshot=[f"cifar10={test_data}/cifar10-zeroshot.tar"],
+        evaluate.parse_eval_sets([], [f"cifar10={test_data}/cifar10-zeroshot.tar"]),
         index_dir=f"{folder}/index",
         out=tmp_path / "deep" / "numbers.json",
     )

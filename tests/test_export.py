@@ -181,7 +181,9 @@ def test_free_places_and_earlier_exports_are_taken(tmp_path, pico, before):
 def test_foreign_folder_is_not_touched(tmp_path, pico, what):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / what).write_text("mine")
-    with pytest.raises(FileExistsError, match="not an export by kdengine"):
+    with pytest.raises(
+        FileExistsError, match="^export: .*no export by kdengine.*kdengine export RUN .*--force"
+    ):
         models.export_student(pico.tower.state_dict(), pico.spec, tmp_path / "out")
     assert (tmp_path / "out" / what).read_text() == "mine"
 
@@ -204,7 +206,7 @@ def test_force_writes_beside_what_is_there(tmp_path, pico):
 
 def test_a_file_in_the_way_is_refused(tmp_path, pico):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(FileExistsError, match="^export: .*is a file"):
         models.export_student(pico.tower.state_dict(), pico.spec, tmp_path / "out", force=True)
 
 

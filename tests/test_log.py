@@ -72,6 +72,32 @@ def test_terminal_gets_one_moving_line(tmp_path: Path) -> None:
     assert screen.getvalue().count("\n") == 1
 
 
+def test_evaluation_is_read_in_percent_and_kept_in_fractions(tmp_path: Path) -> None:
+    run, screen = run_log(tmp_path)
+    results = {"set/zeroshot-top1": 0.4567, "set/image_to_text_mean_rank": 3.25}
+    run.evaluation(7, results, 2.0)
+    run.close()
+    assert log.read(tmp_path / "eval.jsonl") == [{"step": 7, **results}]
+    for text in (screen.getvalue(), (tmp_path / "out.log").read_text()):
+        assert "45.7 %" in text and "0.4567" not in text
+        assert "3.2" in text and "325" not in text
+
+
+def test_table_has_a_row_for_each_metric_of_a_set() -> None:
+    table = log.metrics_table({"a/1caption/image_to_text_R@1": 0.5, "a/x_mean_rank": 3.25}, "t")
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [["a", "a"], ["1caption/image_to_text_R@1", "x_mean_rank"], ["50.0 %", "3.2"]]
+
+
+def test_one_line_under_the_table_says_what_1caption_means() -> None:
+    names = ("a/image_to_text_median_rank", "a/1caption/image_to_text_median_rank")
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(log.metrics_table(dict.fromkeys(names, 1.0), "t"))
+    last = screen.getvalue().rstrip().splitlines()[-1]
+    assert last.strip() == "1caption: with the first caption of each image only"
+    assert log.metrics_table({names[0]: 1.0}, "t").caption is None
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     run, screen = run_log(tmp_path / "run", enabled=False)
     run.step(STEP)

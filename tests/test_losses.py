@@ -258,9 +258,9 @@ FEATURE_REFUSED = {
 @pytest.mark.parametrize(
     ("pair", "options", "message"), FEATURE_REFUSED.values(), ids=FEATURE_REFUSED
 )
-def test_feature_loss_refuses_with_advice(pair: tuple, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"feature_loss: .*{message}"):
-        losses.feature_loss(*pair, **options)
+def test_feature_refuses_with_advice(pair: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"feature: .*{message}"):
+        losses.feature(*pair, **options)
 
 
 def test_interactive_contrastive_refuses_a_teacher_that_learns() -> None:

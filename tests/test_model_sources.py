@@ -149,7 +149,10 @@ def test_preferred_weight_file_wins(tmp_path):
 
 
 REFUSED = [
-    ("ViT-T16", None, ValueError, "did you mean ViT-T-16"),
+    ("ViT-T16", None, ValueError, "^student ViT-T16: .*did you mean ViT-T-16"),
+    ("/nope", None, FileNotFoundError, "^student /nope: there is no such folder"),
+    ("runs/nope/export", None, FileNotFoundError, "^student runs/nope/export: there is no such"),
+    (".", None, ValueError, "^student .: this is a path; a folder is given as local-dir:."),
     ("ViT-B-16", "laion400m_e99", ValueError, "neither a tag of ViT-B-16 .*laion400m_e32"),
     (TINY, "openai", ValueError, "neither a tag of ViT-Pico-32 .it has none"),
     ("local-dir:/nowhere", None, FileNotFoundError, "/nowhere/open_clip_config.json"),
@@ -228,5 +231,5 @@ def test_load_model_takes_a_bare_folder_in_evaluation_mode(tmp_path):
 
 
 def test_load_model_refuses_random_weights():
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(ValueError, match=f"^model {TINY}: it has no weights"):
         models.load_model(TINY)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a table of image paths and captions to shards."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -42,7 +41,7 @@ def rejected(report: PackReport) -> list[tuple[int, str]]:
 
 
 def test_shards_have_the_layout_of_img2dataset(images: Path) -> None:
-    table = write(images, "filepath\ttitle\nimages/a.jpg\ta cat\nimages/b.png\ttwo\tdogs\n")
+    table = write(images, "filepath\ttitle\nimages/a.jpg\ta cat\nimages/b.png\ttwo dogs\n")
     report = pack(table, images / "out")
     found = members(report.shards[0])
     assert Path(report.shards[0]).name == "00000.tar"
@@ -80,7 +79,7 @@ def test_every_row_is_packed_or_rejected_with_its_cause(images: Path) -> None:
     report = pack(write(images, b"filepath\ttitle\n" + b"\n".join(rows)), images / "out")
     assert rejected(report) == [
         (2, "caption-empty"), (3, "image-missing"), (4, "image-format"), (5, "image-empty"),
-        (6, "caption-encoding"), (7, "image-missing"), (8, "caption-empty"),
+        (6, "caption-encoding"), (7, "image-missing"), (8, "row-fields"),
     ]  # fmt: skip
     assert report.num_captions + sum(report.causes.values()) == report.num_rows == 8
     assert "rejected 7 of 8 rows" in str(report)
@@ -108,7 +107,7 @@ def test_comma_is_found_out_and_columns_can_be_named(images: Path) -> None:
 
 def test_missing_column_is_named_with_those_there(images: Path) -> None:
     table = write(images, "file\tcaption\nimages/a.jpg\tx\n")
-    with pytest.raises(ValueError, match=r"no column 'filepath'.*\['file', 'caption'\]"):
+    with pytest.raises(ValueError, match="no column 'filepath'.*'file', 'caption'.*--image-key"):
         pack(table, images / "out")
     assert not (images / "out").exists()
 
@@ -147,7 +146,56 @@ def test_progress_bar_shows_the_images(images: Path, capsys: pytest.CaptureFixtu
     assert "2 images" in capsys.readouterr().err
 
 
-def test_report_of_no_rows(images: Path) -> None:
-    report = pack(write(images, "filepath\ttitle\n"), images / "out")
-    assert report.shards == []
-    assert io.StringIO(str(report)).read().startswith("packed 0 images with 0 captions into 0")
+def test_rows_with_other_fields_than_the_header_are_named_by_line(images: Path) -> None:
+    rows = [
+        "images/a.jpg,fine",
+        '"images/b.png","two\nlines"',
+        "images/a.jpg,a cat, asleep",
+        "x.jpg",
+    ]
+    report = pack(write(images, "filepath,title\n" + "\n".join(rows)), images / "out")
+    records = [json.loads(line) for line in Path(report.rejected_path).read_text().splitlines()]
+    assert [(r["row"], r["line"], r["cause"]) for r in records] == [
+        (3, 5, "row-fields"), (4, 6, "row-fields"),
+    ]  # fmt: skip
+    assert records[0]["detail"] == "3 fields, the header has 2"
+    assert "row-fields 2" in str(report) and "is at line 5" in str(report)
+    assert report.num_captions == 2
+
+
+def test_report_counts_one_thing_in_the_singular(images: Path) -> None:
+    report = pack(write(images, "filepath\ttitle\nimages/a.jpg\ta\n"), images / "out")
+    said = "packed 1 image with 1 caption into 1 shard; rejected 0 of 1 row"
+    assert str(report) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"filepath\ttitle\n", "a header and no rows"),
+        (b"PK\x03\x04\x00\x00 workbook", "not a text table in UTF-8"),
+        ("filepath,title\na,b\n".encode("utf-16"), "not a text table in UTF-8"),
+        (b"\xff\xd8\xff\xe0 photo\n", "not a text table in UTF-8"),
+        (b"filepath,title,title\na.jpg,b,c\n", "two columns 'title'.*--caption-key"),
+    ],
+    ids=["empty", "blank", "header", "workbook", "utf-16", "photo", "two-columns"],
+)
+def test_what_is_no_table_is_refused_in_words(images: Path, text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^pack: .*{message}") as caught:
+        pack(write(images, text), images / "out")
+    assert str(caught.value).isprintable()
+    assert not (images / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [("none.csv", "does not exist"), ("images", "a folder")])
+def test_missing_table_is_refused_in_words(images: Path, name: str, what: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^pack: .*{name} .*{what}"):
+        pack(images / name, images / "out")
+
+
+def test_file_in_place_of_the_folder_is_refused(images: Path) -> None:
+    table = write(images, "filepath\ttitle\nimages/a.jpg\tx\n")
+    with pytest.raises(FileExistsError, match="^pack: .*is a file"):
+        pack(table, table)

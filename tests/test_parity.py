@@ -83,7 +83,7 @@ def test_signature_is_the_oracles_plus_group_and_backend(name: str) -> None:
     assert [(key, ours[key].kind, ours[key].default) for key in ours if key in truth] == [
         (key, value.kind, value.default) for key, value in truth.items()
     ]
-    assert set(added) - {"keys"} == {"group", "backend"}
+    assert set(added) - {"keys", "normalize"} == {"group", "backend"}
     assert all(value.kind is inspect.Parameter.KEYWORD_ONLY for value in added.values())
 
 

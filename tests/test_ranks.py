@@ -54,7 +54,7 @@ def fail_then_work(rank: int, world_size: int) -> list[str]:
 def test_failure_of_rank_0_reaches_the_others_and_only_that_call(run_ranks):
     first, second = run_ranks(fail_then_work, 2)
     assert first == ["ValueError: boom 0", "done"]
-    assert second == ["RuntimeError: work: rank 0 failed: ValueError: boom 0", "done"]
+    assert second == ["FirstFailed: work: rank 0 failed: ValueError: boom 0", "done"]
 
 
 def work_long(rank: int, world_size: int) -> str:

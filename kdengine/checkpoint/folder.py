@@ -10,6 +10,7 @@ from typing import Any
 
 FOLDER, LATEST, ENGINE = "checkpoints", "latest", "engine"
 META, STUDENT = "run.json", "student.safetensors"
+FORMAT = 2
 PREFIX, PARTIAL, DOOMED, SUPERSEDED = "step_", ".partial_", ".doomed_", "superseded_"
 
 
@@ -50,7 +51,13 @@ def find(run: Path, which: str) -> Path | None:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What ``run.json`` of a checkpoint says."""
-    return json.loads((path / META).read_text(encoding="utf-8"))
+    meta = json.loads((path / META).read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} has format {meta['format']}, this version reads {FORMAT}; use the "
+            "version that wrote it"
+        )
+    return meta
 
 
 def clean(run: Path, step: int | None) -> list[str]:

@@ -11,8 +11,25 @@ from kdengine.config import RunConfig, to_dict
 from kdengine.log import METRICS
 from kdengine.ranks import Ranks
 
-# what a resumed run may change: nothing here touches the numbers of a step
-FREE = ("run.", "eval.", "data.workers", "data.index_dir", "train.max_skipped")
+# what a resumed run may change: nothing here touches the numbers of a step, and the places of data,
+# teacher and engine file matter less than what is in them (``IDENTITY``)
+FREE = (
+    "run.",
+    "eval.",
+    "data.workers",
+    "data.index_dir",
+    "data.train_data",
+    "distill.distill_model",
+    "distill.distill_pretrained",
+    "train.deepspeed_config",
+    "train.max_skipped",
+)
+IDENTITY = {
+    "num_samples": "the number of training samples",
+    "shards": "the training shards (names, sizes, samples)",
+    "teacher": "the teacher's weights",
+    "engine": "DeepSpeed's configuration",
+}
 # these stretch the schedule of the learning rate, and are announced
 LENGTH = ("train.steps", "train.epochs")
 
@@ -60,8 +77,14 @@ def differences(meta: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[A
     }
 
 
-def check(path: Path, config: RunConfig, ranks: Ranks, num_samples: int) -> list[str]:
+def check(path: Path, config: RunConfig, ranks: Ranks, identity: Mapping[str, Any]) -> list[str]:
     """Refuse to resume into another run; see ``FREE`` for what may change.
+
+    Args:
+        path: the checkpoint.
+        config: of this run.
+        ranks: this process among all.
+        identity: contents of data, teacher and engine file, by the names of ``IDENTITY``.
 
     Returns:
         Sentences on changes that are allowed and worth knowing.
@@ -77,12 +100,6 @@ def check(path: Path, config: RunConfig, ranks: Ranks, num_samples: int) -> list
             f"{meta['world_size']} ranks, or start a new run from its weights with "
             f"--model.pretrained {path / STUDENT}"
         )
-    if meta["num_samples"] != num_samples:
-        raise ValueError(
-            f"resume: {path} was written with {meta['num_samples']} training samples, this run "
-            f"finds {num_samples}; the data changed, so the position in it means nothing: give "
-            "the same shards, or start a new run"
-        )
     changed = differences(meta, config)
     notes = []
     for name in LENGTH:
@@ -95,6 +112,13 @@ def check(path: Path, config: RunConfig, ranks: Ranks, num_samples: int) -> list
             f"resume: the configuration differs from that of {path}: {told}; give the same "
             "values, or start a new run with another --run.name"
         )
+    there = meta["identity"]
+    for name, what in IDENTITY.items():
+        if there[name] != identity[name]:
+            raise ValueError(
+                f"resume: {what} changed since {path}: it was {there[name]}, is {identity[name]}; "
+                "give the same, or start a new run with another --run.name"
+            )
     return notes
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import kdengine
 from kdengine.checkpoint.folder import (
     ENGINE,
     FOLDER,
+    FORMAT,
     META,
     PARTIAL,
     STUDENT,
@@ -42,7 +44,7 @@ def save(
     loader: Any,
     config: RunConfig,
     student: TowerSpec,
-    num_samples: int,
+    identity: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint; all ranks call it together.
 
@@ -68,11 +70,11 @@ def save(
     if ranks.first:
         save_file(weights, partial / STUDENT, metadata={"format": "pt"})
         meta = {
-            "format": 1,
+            "format": FORMAT,
             "kdengine": kdengine.__version__,
             "state": dataclasses.asdict(state),
             "world_size": ranks.world_size,
-            "num_samples": num_samples,
+            "identity": identity,
             "config": to_dict(config),
             "student": student.to_dict(),
         }
@@ -124,7 +126,7 @@ def export_run(
     path = run if (run / META).is_file() else find(run, step)
     if path is None:
         raise FileNotFoundError(
-            f"export_run: no checkpoint in {run / FOLDER}; expected the folder of a run that has "
+            f"run {run}: no checkpoint in {run / FOLDER}; expected the folder of a run that has "
             "saved at least once"
         )
     meta = read_meta(path)

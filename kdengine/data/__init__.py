@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdengine.data.batches import Loader
     from kdengine.data.index import DatasetIndex, ShardIndex, ensure_index
-    from kdengine.data.loader import Loader, build_loader
+    from kdengine.data.loader import build_loader
     from kdengine.data.packing import PackReport, pack
     from kdengine.data.summary import summary_table
     from kdengine.data.synthetic import build_synthetic_loader
@@ -33,7 +34,7 @@ _HOMES = {
     "DatasetIndex": "index",
     "ShardIndex": "index",
     "ensure_index": "index",
-    "Loader": "loader",
+    "Loader": "batches",
     "build_loader": "loader",
     "build_synthetic_loader": "synthetic",
     "PackReport": "packing",

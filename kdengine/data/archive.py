@@ -27,6 +27,7 @@ from kdengine.data.causes import Fault
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "bmp",
                     "gif", "tif", "tiff", "jp2", "jxl", "avif", "heic")  # fmt: skip
 EXTENSIONS = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
+LABELS_ONLY = "labels-only"
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # what a damaged or hostile header makes tarfile raise, besides its own errors
@@ -65,7 +66,8 @@ class Sample:
 class Archive(NamedTuple):
     """Samples in the order of the file, what is wrong with the file, and counts worth knowing.
 
-    Counts: `ignored-members`, `ignored-images` (second images), `no-end-mark` (0 or 1).
+    Counts: `ignored-members`, `ignored-images` (second images), `no-end-mark` (0 or 1),
+    `labels-only` (samples with a label and no text).
     """
 
     samples: list[Sample]
@@ -190,6 +192,8 @@ class _Builder:
                 self.notes["ignored-members"] += 1
             else:
                 kept.append(sample)
+                names = sample.members.keys()
+                self.notes[LABELS_ONLY] += "cls" in names and names.isdisjoint({"txt", "json"})
         self.notes += Counter()  # drops zero counts
         return kept
 

@@ -231,7 +231,8 @@ def _tokenize(
             if isinstance(result, WorkerDied):
                 raise RuntimeError(
                     f"index: the worker that tokenised {tasks[number].folder} with {tokenizer_id} "
-                    f"died (exit code {result.returncode}); out of memory? Try fewer workers"
+                    f"died (exit code {result.returncode}); out of memory? Try fewer workers: "
+                    "'kdengine index --workers N'"
                 )
     for place, meta, scratch in lacking:
         file = scratch.rename(_token_file(place.folder, tokenizer_id))

@@ -79,9 +79,9 @@ class DatasetIndex:
                 entry = meta["tokens"].get(tokenizer_id)
                 if entry is None and meta["num_captions"]:
                     raise KeyError(
-                        f"DatasetIndex.captions: the captions of {meta['shard']} were not "
+                        f"index: the captions of {meta['shard']} were not "
                         f"tokenised with {tokenizer_id!r}, only with {sorted(meta['tokens'])}; "
-                        "name it in ensure_index(tokenizers=...)"
+                        "name it in --tokenizers (ensure_index(tokenizers=...))"
                     )
                 files.append("" if entry is None else entry["file"])
         return CaptionTable(self, tokenizer_id, tuple(files))
@@ -129,7 +129,7 @@ class DatasetIndex:
         numbers = np.asarray(numbers, np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_samples:
             raise IndexError(
-                f"DatasetIndex: sample numbers lie in [0, {self.num_samples}); got "
+                f"index: sample numbers lie in [0, {self.num_samples}); got "
                 f"{numbers.min()} to {numbers.max()}"
             )
         owner = np.searchsorted(self._firsts, numbers, side="right") - 1
@@ -205,7 +205,7 @@ class CaptionTable:
             rows = first[local] + (0 if choice is None else np.asarray(choice)[where])
             if np.any(rows < first[local]) or np.any(rows >= first[local + 1]):
                 raise IndexError(
-                    f"CaptionTable.tokens: a caption of {shard.tar} was asked for that its sample "
+                    f"index: a caption of {shard.tar} was asked for that its sample "
                     "has not; draw below num_captions()"
                 )
             file = self._files[shard.folder, shard.generation]
@@ -217,7 +217,7 @@ def _open_meta(place: Place) -> dict[str, Any]:
     meta = load_meta(place.folder)
     if meta is None:
         raise RuntimeError(
-            f"ensure_index: the index of {place.shard} in {place.folder} is gone or incomplete; "
+            f"index: that of {place.shard} in {place.folder} is gone or incomplete; "
             "another process may be rebuilding it. Try again"
         )
     return meta
@@ -245,8 +245,7 @@ def _map(folder: str, name: str, generation: str) -> np.ndarray:
     meta = load_meta(Path(folder))
     if meta is None or meta["generation"] != generation:
         raise RuntimeError(
-            f"DatasetIndex: the index in {folder} was rebuilt or removed while it was in use; "
-            "open it again with ensure_index"
+            f"index: {folder} was rebuilt or removed while it was in use; start again"
         )
     if name.endswith(".npy"):
         return np.load(Path(folder, name), mmap_mode="r")

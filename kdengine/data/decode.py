@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask DALI's own CPU decoder which images it decodes; it is the one that training will use."""
+"""Ask DALI's own CPU decoder which images it decodes; training on CPUs uses the same one."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 
 DALI 2.4.0 says "nvImageCodec failure: '#4'" for an image that is not one, and hands out nothing of
 the batch. But the state before the batch is known: a pipeline of the reader alone, started from
-it, tells which samples the batch has, and each of them is then decoded on its own.
+it, tells which samples the batch has, and each of them is then decoded on its own, always on the
+CPU: a GPU whose decoder has just failed is not to be trusted with the question.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def explain(
     reader: dali.ReaderSpec,
     checkpoint: bytes | None,
     number_of: Callable[[str], int],
+    *,
+    on_gpu: bool = False,
 ) -> str:
     """The message for a batch that DALI could not make.
 
@@ -36,9 +39,10 @@ def explain(
         reader: the reader of the pipeline that failed.
         checkpoint: the state before the batch.
         number_of: global sample number of a `tar:offset:name`.
+        on_gpu: whether the pipeline that failed decodes on a GPU.
     """
     reason = _reason(str(error))
-    who = f"data loader (rank {reader.rank} of {reader.world_size})"
+    who = f"data (rank {reader.rank} of {reader.world_size})"
     advice = "was changed after it was indexed; re-run `kdengine index {}` and resume"
     try:
         failed = _failed_sample(reader, read_sources(reader, checkpoint))
@@ -50,13 +54,17 @@ def explain(
             return f"{who}: DALI cannot read the shards: {reason}"
         return f"{who}: DALI cannot read {tar}: {reason}; the shard {advice.format(tar)}"
     if failed is None:
-        return f"{who}: DALI failed, but not on a single sample of the batch: {reason}"
+        again = "each was decoded again, with DALI's CPU decoder"
+        if on_gpu:
+            again += ", while this run decodes on the GPU, which may refuse what the CPU takes"
+        return f"{who}: DALI failed, but not on a single sample of the batch ({again}): {reason}"
     source, fault = failed
     tar, offset, _ = source.rsplit(":", 2)
     number = number_of(source)
+    judge = "DALI's CPU decoder" + (", asked in place of the GPU's" if on_gpu else "")
     return (
         f"{who}: DALI cannot decode sample {number} (key {index.key(number)!r}, at byte {offset} "
-        f"of {tar}): {fault.detail}; the shard {advice.format(tar)}"
+        f"of {tar}): {fault.detail} (says {judge}); the shard {advice.format(tar)}"
     )
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from kdengine import MAX_PIXELS
 from kdengine.data.build import Place, update
 from kdengine.data.dataset import CaptionTable, DatasetIndex, ShardIndex
 from kdengine.data.shards import expand
-from kdengine.data.store import MAX_PIXELS, index_root
+from kdengine.data.store import index_root
 from kdengine.data.validate import Require, Rules
 
 __all__ = ["MAX_PIXELS", "CaptionTable", "DatasetIndex", "ShardIndex", "ensure_index"]
@@ -55,14 +56,12 @@ def ensure_index(
         ValueError: the shards are remote or none, or an argument is out of range.
         RuntimeError: the index folder cannot be written.
     """
-    if max_pixels < 1:
-        raise ValueError(f"ensure_index: max_pixels must be at least 1; got {max_pixels}")
-    if require not in ("caption", "label"):
-        raise ValueError(f"ensure_index: require is 'caption' or 'label'; got {require!r}")
+    _check(index_dir, max_pixels, require, num_workers)
     paths = expand(shards)
     if not any(os.path.exists(path) for path in paths):
+        several = f"none of the {len(paths)} shards exists; the first is {paths[0]}"
         raise FileNotFoundError(
-            f"ensure_index: none of the {len(paths)} shards exists; the first is {paths[0]}"
+            f"shards: {several if len(paths) > 1 else f'there is no file {paths[0]}'}"
         )
     rules = Rules(max_pixels, require)
     places = [
@@ -77,3 +76,22 @@ def ensure_index(
         rebuild=rebuild,
     )
     return DatasetIndex(places, stats)
+
+
+def _check(index_dir: str | None, max_pixels: int, require: str, num_workers: int | None) -> None:
+    if index_dir is not None and not index_dir.strip():
+        raise ValueError(
+            "index: the index folder (--index-dir, in training --data.index-dir) is an empty text; "
+            "name a folder, or leave the option away"
+        )
+    if max_pixels < 1:
+        raise ValueError(
+            "index: the limit on pixels (--max-pixels, in training --data.max-pixels) must be at "
+            f"least 1; got {max_pixels}"
+        )
+    if require not in ("caption", "label"):
+        raise ValueError(f"index: require is 'caption' or 'label'; got {require!r}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(
+            f"index: the number of processes (--workers) must be at least 0; got {num_workers}"
+        )

@@ -3,71 +3,16 @@
 
 from __future__ import annotations
 
-import abc
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from kdengine.data.batches import Loader, check_names
+from kdengine.data.shardloader import EvalLoader, TrainLoader
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
     from kdengine.data.dali import WindowSource
     from kdengine.data.index import DatasetIndex
-
-Batch = dict[str, torch.Tensor]
-
-# names of a batch that no view and no token tensor may take
-RESERVED = ("sample", "valid", "window")
-
-
-class Loader(abc.ABC):
-    """An iterator of batches, as dictionaries of tensors on one device.
-
-    Attributes:
-        steps_per_epoch: batches in a pass over the data, equal on all ranks.
-        step: batches handed out so far.
-        wait_s: seconds spent in `next()` so far: what training waited for data. On a GPU this is
-            the time of the host; kernels that are still queued are waited for on the stream.
-    """
-
-    steps_per_epoch: int
-    step: int = 0
-    wait_s: float = 0.0
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        begin = time.perf_counter()
-        try:
-            return self._next()
-        finally:
-            self.wait_s += time.perf_counter() - begin
-
-    @abc.abstractmethod
-    def _next(self) -> Batch: ...
-
-    @abc.abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out: plain values and one byte tensor.
-
-        It belongs to this rank, and only continues on the same data, batch size, world size and
-        seed. Taking it costs nothing.
-        """
-
-    @abc.abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where the state was taken: the next batches are bit-equal.
-
-        Raises:
-            ValueError: the state belongs to another loader; the message names what differs.
-        """
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free threads, files and buffers. Tensors handed out stay valid."""
 
 
 def build_loader(
@@ -126,23 +71,24 @@ def build_loader(
             cannot read or decode a sample although the index lists it, because a shard was changed
             since; the message names both.
     """
-    who = "build_loader"
     if not index.num_samples:
         raise ValueError(
-            f"{who}: the index has no good sample ({index.num_quarantined} are quarantined); "
-            "see quarantine.jsonl beside the shards for the causes"
+            f"data: the shards have no good sample ({index.num_quarantined} are quarantined); "
+            "'kdengine index' tells the causes"
         )
-    if not 0 <= rank < world_size or min(batch_size, num_threads) < 1 or seed < 0:
+    if not 0 <= rank < world_size or seed < 0:
         raise ValueError(
-            f"{who}: expected 0 <= rank < world_size, batch_size and num_threads of at least 1, "
-            f"seed of at least 0; got rank {rank} of {world_size}, batch_size {batch_size}, "
-            f"num_threads {num_threads}, seed {seed}"
+            f"data: expected 0 <= rank < world_size and a seed of at least 0; got rank {rank} of "
+            f"{world_size}, seed {seed}"
+        )
+    if min(batch_size, num_threads) < 1:
+        raise ValueError(
+            "data: batch size and decoding threads (workers) must be at least 1; got a batch size "
+            f"of {batch_size} and {num_threads} threads"
         )
     if caption not in ("random", "first"):
-        raise ValueError(f"{who}: caption must be 'random' or 'first', got {caption!r}")
-    check_names(who, views, tokenizers)
-    from kdengine.data.shardloader import EvalLoader, TrainLoader
-
+        raise ValueError(f"data.caption: expected 'random' or 'first', got {caption!r}")
+    check_names(views, tokenizers)
     kind = TrainLoader if train else EvalLoader
     return kind(
         index,
@@ -158,28 +104,3 @@ def build_loader(
         caption=caption,
         window_source=window_source,
     )
-
-
-def check_names(who: str, views: Mapping[str, ViewSpec], tokenizers: Mapping[str, str]) -> None:
-    """Refuse a batch without images, or with one name for two tensors."""
-    if not views:
-        raise ValueError(f"{who}: expected at least one view, got none")
-    names = [*views, *tokenizers, *RESERVED]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"{who}: the names {twice} stand for more than one tensor of a batch; "
-            f"views and tokenizers need different names, and not one of {list(RESERVED)}"
-        )
-
-
-def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError naming what differs between a saved loader and this one."""
-    wrong = [
-        f"{key} was {saved.get(key)}, is {own[key]}" for key in own if saved.get(key) != own[key]
-    ]
-    if wrong:
-        raise ValueError(
-            f"load_state_dict: the data position belongs to another loader: {'; '.join(wrong)}; "
-            "resume with the configuration and data of the checkpoint, or start a new run"
-        )

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from kdengine import MAX_PIXELS
 from kdengine.data.captions import clean_caption
 from kdengine.data.causes import Fault
 from kdengine.data.imageheader import ImageHeader, check_header
-from kdengine.data.index import MAX_PIXELS
-from kdengine.data.progress import Progress
+from kdengine.data.progress import Progress, counted
+from kdengine.data.table import RAGGED, Entry, Row, read_table
 from kdengine.data.validate import BYTES_PER_PIXEL, HEADER_BYTES
 
 # img2dataset's extension for each format
@@ -34,7 +33,8 @@ class PackReport:
         num_rows: rows of the table.
         num_captions: rows whose caption is in a shard (also as one of several of an image).
         num_samples: images in the shards.
-        causes: rejected rows by cause (`image-*`, `caption-*` as in the index).
+        causes: rejected rows by cause (`image-*`, `caption-*` as in the index, `row-fields`).
+        ragged: line of the first row that has more or fewer fields than the header; 0 if none.
         shards: the archives written.
         rejected_path: JSON lines that name each rejected row.
     """
@@ -43,27 +43,23 @@ class PackReport:
     num_captions: int = 0
     num_samples: int = 0
     causes: Counter[str] = field(default_factory=Counter)
+    ragged: int = 0
     shards: list[str] = field(default_factory=list)
     rejected_path: str = ""
 
     def __str__(self) -> str:
         """One line for a person."""
         num_rejected = sum(self.causes.values())
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in self.causes.most_common())
-        tail = f" ({causes}; see {self.rejected_path})" if num_rejected else ""
+        told = [f"{cause} {count:,}" for cause, count in self.causes.most_common()]
+        if self.ragged:
+            told.append(f"the first row with another number of fields than the header is at line "
+                        f"{self.ragged:,}")  # fmt: skip
+        tail = f" ({', '.join(told)}; see {self.rejected_path})" if num_rejected else ""
         return (
-            f"packed {self.num_samples:,} images with {self.num_captions:,} captions into "
-            f"{len(self.shards):,} shards; rejected {num_rejected:,} of {self.num_rows:,} rows"
-            + tail
+            f"packed {counted(self.num_samples, 'image')} with "
+            f"{counted(self.num_captions, 'caption')} into {counted(len(self.shards), 'shard')}; "
+            f"rejected {num_rejected:,} of {counted(self.num_rows, 'row')}" + tail
         )
-
-
-@dataclass
-class _Entry:
-    """One image and the rows that caption it: (row number, caption)."""
-
-    image: str
-    rows: list[tuple[int, str]]
 
 
 def pack(
@@ -82,8 +78,9 @@ def pack(
     A sample has nine-digit (or longer) keys and the members `.jpg` (`.png`, `.webp`, `.bmp`: by
     content), `.txt` (the first caption) and `.json` (`captions` holds all). The bytes of an image
     are not touched. Rows with the same path make one sample with several captions. A row whose
-    file cannot be read, whose header is not that of an 8-bit image, or whose caption is blank or
-    no UTF-8 is rejected and named; whether an image decodes is for `ensure_index` to say.
+    file cannot be read, whose header is not that of an 8-bit image, whose caption is blank or no
+    UTF-8, or which has more or fewer fields than the header (an unquoted separator in a caption?)
+    is rejected and named; whether an image decodes is for `ensure_index` to say.
 
     Args:
         table: the file, UTF-8.
@@ -96,15 +93,21 @@ def pack(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: a column is missing, or shard_size is out of range.
+        ValueError: the table is empty or no text, a column is missing, or shard_size is out of
+            range.
+        FileNotFoundError: there is no table.
         FileExistsError: the folder holds shards already.
     """
     if shard_size < 1:
-        raise ValueError(f"pack: shard_size must be at least 1; got {shard_size}")
+        raise ValueError(f"pack: --shard-size must be at least 1; got {shard_size}")
+    if separator is not None and len(separator) != 1:
+        raise ValueError(f"pack: --separator must be one character; got {separator!r}")
     table, out_dir = Path(table), Path(out_dir)
-    entries, num_rows = _read_table(table, image_key, caption_key, separator)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise FileExistsError(f"pack: {out_dir} is a file; name a folder for the shards")
     if out_dir.exists() and any(out_dir.glob("*.tar")):
         raise FileExistsError(f"pack: {out_dir} holds .tar files already; name an empty folder")
+    entries, num_rows = read_table(table, image_key, caption_key, separator)
     out_dir.mkdir(parents=True, exist_ok=True)
     report = PackReport(num_rows=num_rows, rejected_path=str(out_dir / "rejected.jsonl"))
     with Progress(progress) as bars, open(report.rejected_path, "w", encoding="utf-8") as rejected:
@@ -115,34 +118,6 @@ def pack(
             report.shards.append(str(shard.path))
             advance(shard.num_seen, shard.num_seen)
     return report
-
-
-def _read_table(
-    table: Path, image_key: str, caption_key: str, separator: str | None
-) -> tuple[list[_Entry], int]:
-    """The images in the order of their first row, with all their captions."""
-    csv.field_size_limit(sys.maxsize)
-    entries: dict[str, _Entry] = {}
-    num_rows = 0
-    # bytes that are no UTF-8 must cost their row only; the caption check finds them
-    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        chosen = separator or ("\t" if "\t" in header else ",")
-        reader = csv.DictReader(file, delimiter=chosen)
-        columns = reader.fieldnames or []
-        for key in (image_key, caption_key):
-            if key not in columns:
-                raise ValueError(
-                    f"pack: {table} has no column {key!r}; with the separator {chosen!r} it has "
-                    f"{list(columns)}. Set image_key, caption_key or separator"
-                )
-        for number, row in enumerate(reader, start=1):
-            num_rows += 1
-            image = row[image_key] or ""
-            entry = entries.setdefault(image, _Entry(image, []))
-            entry.rows.append((number, row[caption_key] or ""))
-    return list(entries.values()), num_rows
 
 
 class _Shard:
@@ -168,7 +143,7 @@ class _Shard:
 
 
 def _fill(
-    entries: list[_Entry],
+    entries: list[Entry],
     folder: Path,
     shard_size: int,
     max_pixels: int,
@@ -210,31 +185,33 @@ def _fill(
 
 
 def _check(
-    entry: _Entry, folder: Path, max_pixels: int, rejected: IO[str], report: PackReport
+    entry: Entry, folder: Path, max_pixels: int, rejected: IO[str], report: PackReport
 ) -> tuple[bytes, ImageHeader, list[str]] | None:
     """The parts of a sample, or None; every row is counted as packed or rejected."""
 
-    def reject(number: int, fault: Fault) -> None:
+    def reject(row: Row, fault: Fault) -> None:
         report.causes[fault.cause] += 1
-        line: dict[str, Any] = {"row": number, "image": entry.image, **fault._asdict()}
-        rejected.write(json.dumps(line) + "\n")
+        if fault.cause == RAGGED:
+            report.ragged = min(report.ragged or row.line, row.line)
+        record: dict[str, Any] = {"row": row.number, "line": row.line, "image": entry.image}
+        rejected.write(json.dumps(record | fault._asdict()) + "\n")
 
     captions = []
-    for number, text in entry.rows:
-        caption = clean_caption(text)
-        if isinstance(caption, Fault):
-            reject(number, caption)
+    for row in entry.rows:
+        found = row.caption if isinstance(row.caption, Fault) else clean_caption(row.caption)
+        if isinstance(found, Fault):
+            reject(row, found)
         else:
-            captions.append((number, caption))
+            captions.append((row, found))
     if not captions:
         return None
-    found = _read_image(folder, entry.image, max_pixels)
-    if isinstance(found, Fault):
-        for number, _ in captions:
-            reject(number, found)
+    image = _read_image(folder, entry.image, max_pixels)
+    if isinstance(image, Fault):
+        for row, _ in captions:
+            reject(row, image)
         return None
     report.num_captions += len(captions)
-    return *found, list(dict.fromkeys(caption for _, caption in captions))
+    return *image, list(dict.fromkeys(caption for _, caption in captions))
 
 
 def _read_image(folder: Path, name: str, max_pixels: int) -> tuple[bytes, ImageHeader] | Fault:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress bars for the long passes over a data set."""
+"""Progress bars for the long passes over a data set, and counts in words."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 shard`, `2,000 shards`, `1 row of`; the plural adds an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 class Progress:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdengine.data.loader import Batch, Loader, check_identity
+from kdengine.data.batches import Batch, Loader, check_identity
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class ShardLoader(Loader):
             from kdengine.data.diagnose import explain
 
             self.close()
-            message = explain(error, self._index, self._reader(), self._checkpoint, self._number)
+            place = (self._index, self._reader(), self._checkpoint, self._number)
+            message = explain(error, *place, on_gpu=self._device_id is not None)
             raise RuntimeError(message) from error
         return raw
 
@@ -148,9 +149,9 @@ class TrainLoader(ShardLoader):
         self.steps_per_epoch = num_samples // (world_size * batch_size)
         if not self.steps_per_epoch:
             raise ValueError(
-                f"build_loader: {num_samples} samples do not fill one global batch of "
-                f"{world_size} ranks x {batch_size} = {world_size * batch_size}; lower batch_size, "
-                "add data, or list the shards several times"
+                f"data: {num_samples} samples do not fill one global batch of "
+                f"{world_size} ranks x {batch_size} = {world_size * batch_size}; lower "
+                "--train.batch-size, add data, or list the shards several times"
             )
         # the reader pads every part to the largest and that to full batches; what the padding
         # touches is run and thrown away
@@ -215,7 +216,7 @@ class EvalLoader(ShardLoader):
             tars = [shard.tar for shard in index.shards]
             twice = next(tar for tar in tars if tars.count(tar) > 1)
             raise ValueError(
-                f"build_loader: evaluation reads every sample once, but {twice} is listed twice"
+                f"data: evaluation reads every sample once, but {twice} is listed twice"
             )
         # DALI refuses more parts than samples: ranks beyond read the first part, all invalid
         num_parts = min(self._world_size, index.num_samples)
@@ -250,11 +251,11 @@ class EvalLoader(ShardLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Refused: a pass of evaluation is not resumed."""
-        raise TypeError("state_dict: an evaluation loader has no position to save; iterate again")
+        raise TypeError("data: an evaluation loader has no position to save; iterate again")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refused: a pass of evaluation is not resumed."""
-        raise TypeError("load_state_dict: an evaluation loader is not resumed; iterate again")
+        raise TypeError("data: an evaluation loader is not resumed; iterate again")
 
 
 def _num_batches(num_samples: int, num_parts: int, batch_size: int) -> int:
@@ -288,7 +289,7 @@ def allow_open_files(num_files: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise RuntimeError(
-            f"build_loader: {num_files} archives need a limit of {needed} open files; the hard "
+            f"data: {num_files} archives need a limit of {needed} open files; the hard "
             f"limit is {hard}; raise it (ulimit -Hn {needed}) or use fewer, larger shards"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

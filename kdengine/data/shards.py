@@ -39,7 +39,7 @@ def expand(spec: str | Sequence[str]) -> list[str]:
                 raise ValueError(_too_many(part))
     if not paths:
         raise ValueError(
-            f"expand: expected at least one shard; got {spec!r}. Give paths of .tar files, for "
+            f"shards: expected at least one shard; got {spec!r}. Give paths of .tar files, for "
             "example '/data/cc3m/{00000..00331}.tar'"
         )
     return paths
@@ -47,7 +47,7 @@ def expand(spec: str | Sequence[str]) -> list[str]:
 
 def _too_many(part: str) -> str:
     return (
-        f"expand: at most {MAX_SHARDS} shards are allowed; {part!r} names more. "
+        f"shards: at most {MAX_SHARDS} shards are allowed; {part!r} names more. "
         "Check the range in the braces"
     )
 
@@ -55,7 +55,7 @@ def _too_many(part: str) -> str:
 def _refuse_remote(part: str) -> None:
     if part.startswith("pipe:") or _SCHEME.match(part):
         raise ValueError(
-            f"expand: shards must be local files; got {part!r}. Mount the remote storage (for "
+            f"shards: they must be local files; got {part!r}. Mount the remote storage (for "
             "example with s3fs, gcsfuse or rclone mount) or copy the shards to a local disk first"
         )
 
@@ -110,10 +110,10 @@ def _choices(text: str, start: int, end: int, commas: list[int]) -> Iterator[str
 def _local(path: str) -> list[str]:
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-        missing = f"expand: the folder {path} holds no .tar file. Is it the right folder?"
+        missing = f"shards: the folder {path} holds no .tar file. Is it the right folder?"
     elif glob.has_magic(path) and not os.path.exists(path):
         found = sorted(glob.glob(path))
-        missing = f"expand: no file matches {path!r}. Check the pattern"
+        missing = f"shards: no file matches {path!r}. Check the pattern"
     else:
         return [path]
     if not found:

@@ -34,11 +34,10 @@ from typing import Any
 
 import numpy as np
 
+from kdengine import MAX_PIXELS
 from kdengine.data.validate import Rules, ShardContents
 
 FORMAT = 1
-# the size at which Pillow, too, begins to suspect a decompression bomb; 268 MB decoded
-MAX_PIXELS = 89_478_485
 QUARANTINE = "quarantine.jsonl"
 KEY_START, CAPTION_FIRST, LABEL = 0, 1, 2
 
@@ -209,7 +208,7 @@ def locked(root: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[
     except OSError as error:
         raise RuntimeError(
             f"index: the index must be written to {root}, which is not possible ({error}). "
-            "Give a folder that can be written with index_dir (--data.index-dir)"
+            "Name a folder that can be written with --index-dir (in training --data.index-dir)"
         ) from error
     with lock:
         try:
@@ -221,7 +220,7 @@ def locked(root: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[
         except OSError as error:
             raise RuntimeError(
                 f"index: {root} lies on a file system without locks ({error}). "
-                "Give a folder on a local disk with index_dir (--data.index-dir)"
+                "Name a folder on a local disk with --index-dir (in training --data.index-dir)"
             ) from error
         for leftover in root.glob(".tmp-*"):
             if leftover.is_dir():

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from kdengine.data.archive import LABELS_ONLY
 from kdengine.data.causes import ARCHIVE_CAUSES, SAMPLE_CAUSES
 from kdengine.data.index import DatasetIndex
+from kdengine.data.progress import counted
 
 _NOTES = {
+    LABELS_ONLY: "samples with a class label in place of a caption: --require label keeps them",
     "ignored-members": "members that are no image, caption or label",
     "ignored-images": "second images of a sample; the first of jpg, png, jpeg, webp is taken",
     "no-end-mark": "archives without the blocks of zeros at the end; nothing is lost",
@@ -24,7 +27,7 @@ def summary_table(index: DatasetIndex) -> Table:
     table.add_column("count", justify="right")
     table.add_column("meaning")
     table.add_row("samples", f"{counts['samples']:,}", "found in the archives")
-    table.add_row("kept", f"{counts['kept']:,}", f"with {counts['captions']:,} captions")
+    table.add_row("kept", f"{counts['kept']:,}", f"with {counted(counts['captions'], 'caption')}")
     table.add_row("quarantined", f"{counts['quarantined']:,}", "see quarantine.jsonl")
     table.add_row("shards", f"{counts['shards']:,}", f"{counts['shards_used']:,} of them used")
     for known, found in (
@@ -46,15 +49,29 @@ def _footer(index: DatasetIndex) -> str:
     if stats.num_shards:
         rate = stats.num_samples / max(stats.validate_time_s, 1e-9)
         lines.append(
-            f"validated {stats.num_samples:,} samples of {stats.num_shards:,} shards in "
-            f"{stats.validate_time_s:.1f} s ({rate:,.0f} samples/s)"
+            f"validated {counted(stats.num_samples, 'sample')} of "
+            f"{counted(stats.num_shards, 'shard')} in {stats.validate_time_s:.1f} s "
+            f"({rate:,.0f} samples/s)"
         )
     if stats.num_captions:
         rate = stats.num_captions / max(stats.tokenize_time_s, 1e-9)
         lines.append(
-            f"tokenised {stats.num_captions:,} captions in {stats.tokenize_time_s:.1f} s "
+            f"tokenised {counted(stats.num_captions, 'caption')} in {stats.tokenize_time_s:.1f} s "
             f"({rate:,.0f} captions/s)"
         )
     if not lines:
         lines.append("the index was up to date")
-    return "\n".join([*lines, *index.quarantine_paths])
+    return "\n".join(lines)
+
+
+def no_good_sample(index: DatasetIndex) -> str:
+    """Why an index is empty, in a sentence without a subject, with the mend where one is known."""
+    counts = index.summary()
+    causes = {**counts["causes"], **counts["archives"]}
+    causes.pop("archive-no-good-sample", None)
+    told = ", ".join(f"{cause} {count:,}" for cause, count in causes.items())
+    text = f"no good sample among {counts['samples']:,} ({told})"
+    if labelled := counts["notes"].get(LABELS_ONLY):
+        text += f"; {counted(labelled, 'of them has', 'of them have')} a class label in place of "
+        text += "a caption: index them with --require label, evaluate them with --zeroshot"
+    return text

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdengine.data.loader import Batch, Loader, check_identity, check_names
+from kdengine.data.batches import Batch, Loader, check_identity, check_names
 from kdengine.data.tokenize import parse_tokenizer_id
 from kdengine.data.views import ViewSpec
 
@@ -52,11 +52,11 @@ def build_synthetic_loader(
     Raises:
         ValueError: num_samples is less than one global batch, or names collide.
     """
-    check_names("build_synthetic_loader", views, tokenizers)
+    check_names(views, tokenizers)
     if num_samples < world_size * batch_size:
         raise ValueError(
-            f"build_synthetic_loader: num_samples must fill one global batch of {world_size} "
-            f"ranks x {batch_size} = {world_size * batch_size}, got {num_samples}"
+            f"data.train_num_samples: expected enough for one global batch of {world_size} ranks "
+            f"x {batch_size} = {world_size * batch_size}, got {num_samples}"
         )
     return SyntheticLoader(
         num_samples,

@@ -80,12 +80,12 @@ def load_tokenizer(tokenizer_id: str) -> Tokenizer:
         inner = HFTokenizer(name, context_length=context_length, **options)
     except ImportError as error:
         raise RuntimeError(
-            f"load_tokenizer: {tokenizer_id!r} needs the package transformers; it is missing "
+            f"tokenizer {tokenizer_id!r}: it needs the package transformers, which is missing "
             f"({error}). Run: pip install transformers"
         ) from error
     except (OSError, ValueError) as error:
         raise RuntimeError(
-            f"load_tokenizer: the files of {tokenizer_id!r} could not be read ({error}). With no "
+            f"tokenizer {tokenizer_id!r}: its files could not be read ({error}). With no "
             "network, give the path of a local folder in place of the name"
         ) from error
     return Tokenizer(inner, context_length, len(inner.tokenizer))
@@ -99,6 +99,6 @@ def tokenizer_version() -> str:
 
 def _malformed(tokenizer_id: str) -> str:
     return (
-        f"load_tokenizer: a tokenizer id is 'simple:CTX' or 'hf:NAME:CTX' with CTX >= 2; "
-        f"got {tokenizer_id!r}. The default of CLIP models is 'simple:77'"
+        f"tokenizer {tokenizer_id!r}: expected 'simple:CTX' or 'hf:NAME:CTX' with CTX >= 2; the "
+        "default of CLIP models is 'simple:77'"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kdengine.data.archive import Member, Sample, scan_archive
+from kdengine.data.archive import LABELS_ONLY, Member, Sample, scan_archive
 from kdengine.data.captions import (
     MAX_CAPTION_BYTES,
     MAX_JSON_BYTES,
@@ -89,6 +89,9 @@ def validate_shard(
     Memory: one batch of images, and the captions of the part.
     """
     archive = scan_archive(path)
+    if rules.require == "label":
+        # nothing is missing from them
+        del archive.notes[LABELS_ONLY]
     contents = ShardContents(fault=archive.fault, notes=archive.notes)
     number, num_parts = part
     begin = len(archive.samples) * number // num_parts

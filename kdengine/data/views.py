@@ -20,9 +20,9 @@ class ViewSpec:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"ViewSpec: size must be at least 1 pixel, got {self.size}")
+            raise ValueError(f"view: size must be at least 1 pixel, got {self.size}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                f"ViewSpec: mean and std need 3 values each, std above 0; "
+                f"view: mean and std need 3 values each, std above 0; "
                 f"got mean={self.mean}, std={self.std}"
             )

@@ -125,7 +125,7 @@ class _Worker:
         if self.receive()[0] != "ready":
             raise RuntimeError(
                 f"index: a worker process did not start (exit code {self.process.returncode}); "
-                "its own message is above. Use num_workers=0 to stay in one process"
+                "its own message is above. 'kdengine index --workers 0' stays in one process"
             )
 
     def receive(self) -> tuple[Any, ...]:

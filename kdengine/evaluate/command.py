@@ -7,18 +7,18 @@ from pathlib import Path
 
 from rich.table import Table
 
-from kdengine.data.index import MAX_PIXELS
+from kdengine import MAX_PIXELS
 from kdengine.evaluate.evaluator import run_evaluation
-from kdengine.evaluate.sets import parse_eval_sets
+from kdengine.evaluate.sets import EvalSet
+from kdengine.log import metrics_table
 from kdengine.models import Student, load_model
 from kdengine.ranks import on_gpu
 
 
 def evaluate_command(
     model: str,
+    sets: Sequence[EvalSet],
     *,
-    retrieval: Sequence[str] = (),
-    zeroshot: Sequence[str] = (),
     batch_size: int = 128,
     index_dir: str | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -31,8 +31,7 @@ def evaluate_command(
     Args:
         model: folder of an export, ``local-dir:PATH``, or ``ARCHITECTURE@TAG`` of open_clip, where
             a checkpoint file may stand for the tag.
-        retrieval: see ``parse_eval_sets``.
-        zeroshot: see ``parse_eval_sets``.
+        sets: see ``parse_eval_sets``.
         batch_size: images in a forward pass.
         index_dir: folder of the indexes, where the shards' own cannot be written.
         max_pixels: see ``ensure_index``.
@@ -44,15 +43,8 @@ def evaluate_command(
         A table of all metrics.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: see ``parse_eval_sets``, ``load_model`` and
-            ``Evaluator``.
+        ValueError, FileNotFoundError, RuntimeError: see ``load_model`` and ``Evaluator``.
     """
-    sets = parse_eval_sets(retrieval, zeroshot)
-    if not sets:
-        raise ValueError(
-            "kdengine eval: expected at least one set; give --retrieval NAME=SHARDS or "
-            "--zeroshot NAME=SHARDS"
-        )
     tower, spec = open_model(model)
     device = "cuda" if on_gpu() else "cpu"
     metrics = run_evaluation(
@@ -83,16 +75,3 @@ def open_model(model: str) -> Student:
     if not at or Path(model).is_dir() or model.startswith("local-dir:"):
         return load_model(model)
     return load_model(name, pretrained)
-
-
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
-    """One row a metric: shares in percent, ranks as they are."""
-    table = Table(title=title, title_justify="left")
-    for column in ("set", "metric"):
-        table.add_column(column)
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        where, _, metric = name.partition("/")
-        shown = f"{value:.1f}" if metric.endswith("_rank") else f"{100 * value:.2f} %"
-        table.add_row(where, metric, shown)
-    return table

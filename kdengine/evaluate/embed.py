@@ -62,8 +62,8 @@ def embed_images(
         _maybe_abandon(should_stop)
     if not rows:
         raise RuntimeError(
-            "embed_images: the loader gave no batch; expected "
-            f"{num_samples} samples over all ranks; is the data set empty?"
+            f"images: expected {num_samples} over all ranks, the loader gave no batch; is the data "
+            "set empty?"
         )
     row = distributed.gather_constant(torch.cat(rows), group)
     number = distributed.gather_constant(torch.cat(numbers), group)
@@ -71,11 +71,11 @@ def embed_images(
     seen = torch.bincount(number, minlength=num_samples)
     if len(seen) > num_samples or not bool((seen == 1).all()):
         raise RuntimeError(
-            f"embed_images: expected each of {num_samples} samples once; "
+            f"images: expected each of {num_samples} samples once; "
             f"{int((seen[:num_samples] == 0).sum())} are missing, {int((seen > 1).sum())} came "
             f"more than once, {len(seen) - min(len(seen), num_samples)} numbers are too large"
         )
-    _check_finite("embed_images", row, "images", number)
+    _check_finite(row, "images", number)
     return torch.empty_like(row).index_copy_(0, number, row)
 
 
@@ -106,7 +106,7 @@ def embed_texts(
         Abandoned: see ``embed_images``.
     """
     if not texts:
-        raise ValueError("embed_texts: expected at least one text, got none")
+        raise ValueError("texts: expected at least one, got none")
     world, rank = distributed.world_size(group), distributed.rank(group)
     size = min(batch_size, len(texts))
     num_batches = -(-len(texts) // size)
@@ -123,7 +123,7 @@ def embed_texts(
     # [rank, round, size, D] -> the order in which the batches were dealt
     dealt = gathered.view(world, len(rows), size, -1).transpose(0, 1)
     unit = dealt.reshape(world * len(rows) * size, -1)[: len(texts)].contiguous()
-    _check_finite("embed_texts", unit, "texts", torch.arange(len(texts)))
+    _check_finite(unit, "texts", torch.arange(len(texts)))
     return unit
 
 
@@ -136,11 +136,11 @@ def _maybe_abandon(should_stop: ShouldStop | None) -> None:
         raise Abandoned
 
 
-def _check_finite(who: str, rows: Tensor, what: str, numbers: Tensor) -> None:
+def _check_finite(rows: Tensor, what: str, numbers: Tensor) -> None:
     bad = ~torch.isfinite(rows).all(dim=1)
     if bool(bad.any()):
         some = numbers.to(bad.device)[bad][:5].tolist()
         raise RuntimeError(
-            f"{who}: the embeddings of {int(bad.sum())} of {len(rows)} {what} are not finite "
+            f"{what}: the embeddings of {int(bad.sum())} of {len(rows)} are not finite "
             f"(first numbers: {some}); the weights have diverged: evaluate an earlier checkpoint"
         )

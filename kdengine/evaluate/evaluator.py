@@ -2,7 +2,8 @@
 """Evaluate a two-tower model on named data sets, on all ranks, as often as wanted."""
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch.distributed import ProcessGroup
 
 from kdengine import distributed
 from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
-from kdengine.data.loader import ViewSpec, build_loader
+from kdengine.data.loader import build_loader
+from kdengine.data.progress import Progress
+from kdengine.data.summary import no_good_sample
 from kdengine.data.tokenize import load_tokenizer
+from kdengine.data.views import ViewSpec
 from kdengine.evaluate.embed import Abandoned, ShouldStop
 from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
@@ -40,10 +44,10 @@ class Evaluator:
         num_threads: decoding threads of a rank.
         group: the ranks that share the work; None for one process.
         device: where the model will be.
-        progress: show a bar on rank 0.
+        progress: show a bar for each set, on rank 0 and only where stderr is a terminal.
 
     Raises:
-        ValueError: labels and class names do not fit.
+        ValueError: labels and class names do not fit, or a set has no good sample.
         RuntimeError: a data set could not be opened; on every rank alike.
     """
 
@@ -63,7 +67,7 @@ class Evaluator:
         self.spec, self.sets = spec, list(sets)
         self.batch_size, self.num_threads = batch_size, num_threads
         self.group, self.device = group, torch.device(device)
-        self.progress = progress and distributed.rank(group) == 0
+        self.progress = progress and distributed.rank(group) == 0 and sys.stderr.isatty()
         seen = spec.preprocess
         if (seen.interpolation, seen.resize_mode) != ("bicubic", "shortest"):
             logger.warning(
@@ -107,7 +111,8 @@ class Evaluator:
             _share_buffers(model, self.group)
             metrics: dict[str, float] = {}
             for one, index in zip(self.sets, self.indexes, strict=True):
-                found = self._run_one(model, one, index, should_stop)
+                with one.named_in_errors():
+                    found = self._run_one(model, one, index, should_stop)
                 metrics |= {f"{one.name}/{name}": value for name, value in found.items()}
             return metrics
         except Abandoned:
@@ -119,6 +124,11 @@ class Evaluator:
         self, model: TwoTower, one: EvalSet, index: DatasetIndex, should_stop: ShouldStop | None
     ) -> dict[str, float]:
         preprocess, world = self.spec.preprocess, distributed.world_size(self.group)
+        texts, names, templates = [], one.read_classnames(), one.read_templates()
+        num_texts = len(names) * len(templates)
+        if one.kind == "retrieval":
+            texts = index.texts(np.arange(index.num_samples))
+            num_texts = sum(map(len, texts))
         loader: Any = build_loader(
             index,
             views={"image": ViewSpec(preprocess.size, preprocess.mean, preprocess.std)},
@@ -131,28 +141,24 @@ class Evaluator:
             train=False,
             device_id=_device_id(self.device),
         )
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "group": self.group,
-            "device": self.device,
-            "should_stop": should_stop,
-        }
-        try:
-            batches: Any = loader
-            if self.progress:
-                from rich.progress import track
-
-                total = -(-index.num_samples // (self.batch_size * world))
-                batches = track(loader, f"evaluating {one.name}", total, transient=True)
-            if one.kind == "retrieval":
-                texts = index.texts(np.arange(index.num_samples))
-                return evaluate_retrieval(model, batches, texts, self.tokenizer, **options)
-            names, templates = one.read_classnames(), one.read_templates()
-            return evaluate_zeroshot(
-                model, batches, index.labels(), names, templates, self.tokenizer, **options
-            )
-        finally:
-            loader.close()
+        with Progress(self.progress) as bars:
+            # every rank makes as many batches as the fullest
+            counts = [-(-n // (self.batch_size * world)) for n in (index.num_samples, num_texts)]
+            advance = bars.begin(f"evaluate {one.name}", "batches", sum(counts))
+            options: dict[str, Any] = {
+                "batch_size": self.batch_size,
+                "group": self.group,
+                "device": self.device,
+                "should_stop": _after_batch(advance, should_stop),
+            }
+            try:
+                if one.kind == "retrieval":
+                    return evaluate_retrieval(model, loader, texts, self.tokenizer, **options)
+                return evaluate_zeroshot(
+                    model, loader, index.labels(), names, templates, self.tokenizer, **options
+                )
+            finally:
+                loader.close()
 
 
 def run_evaluation(
@@ -174,25 +180,33 @@ def run_evaluation(
     return Evaluator(spec, sets, **options).run(model, should_stop=should_stop)
 
 
+def _after_batch(advance: Callable[[int, int], None], should_stop: ShouldStop | None) -> ShouldStop:
+    """What to ask after every batch, which is also when the bar moves on."""
+
+    def ask() -> bool:
+        advance(1, 1)
+        return should_stop is not None and should_stop()
+
+    return ask
+
+
 def _open(one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool) -> DatasetIndex:
-    index = ensure_index(
-        one.shards,
-        index_dir=index_dir,
-        max_pixels=max_pixels,
-        require="caption" if one.kind == "retrieval" else "label",
-        progress=progress,
-    )
-    if index.num_samples == 0:
-        raise ValueError(f"evaluation set {one.name}: no good sample in {one.shards}")
-    tars = [shard.tar for shard in index.shards]
-    if twice := {tar for tar in tars if tars.count(tar) > 1}:
-        raise ValueError(
-            f"evaluation set {one.name}: every sample counts once; listed twice: {sorted(twice)}"
+    with one.named_in_errors():
+        index = ensure_index(
+            one.shards,
+            index_dir=index_dir,
+            max_pixels=max_pixels,
+            require="caption" if one.kind == "retrieval" else "label",
+            progress=progress,
         )
-    if one.kind == "zeroshot":
-        labels = torch.as_tensor(index.labels())
-        check_labels(labels, len(one.read_classnames()), f"set {one.name}")
-    return index
+        if index.num_samples == 0:
+            raise ValueError(f"{no_good_sample(index)}; see {index.quarantine_paths[0]}")
+        tars = [shard.tar for shard in index.shards]
+        if twice := {tar for tar in tars if tars.count(tar) > 1}:
+            raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
+        if one.kind == "zeroshot":
+            check_labels(torch.as_tensor(index.labels()), len(one.read_classnames()))
+        return index
 
 
 def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:

@@ -50,7 +50,7 @@ def first_positive(
     lonely = ~torch.isin(query_label, key_label)
     if bool(lonely.any()):
         raise ValueError(
-            f"first_positive: {int(lonely.sum())} of {len(query)} queries have no positive key, "
+            f"retrieval: {int(lonely.sum())} of {len(query)} queries have no positive key, "
             f"the first is query {int(lonely.nonzero()[0])} with label "
             f"{int(query_label[lonely][0])}; every query needs one"
         )
@@ -150,7 +150,7 @@ def evaluate_retrieval(
     empty = [number for number, captions in enumerate(texts) if not captions]
     if empty or not texts:
         raise ValueError(
-            f"evaluate_retrieval: every sample needs a caption; {len(empty)} of {len(texts)} have "
+            f"captions: every sample needs one; {len(empty)} of {len(texts)} have "
             f"none, the first is sample {empty[0] if empty else '-'}"
         )
     flat = [caption for captions in texts for caption in captions]

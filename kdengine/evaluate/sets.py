@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which data sets to evaluate on, and how the configuration writes them."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kdengine.evaluate.zeroshot import IMAGENET, read_classnames, read_templates
+from kdengine.evaluate.prompts import IMAGENET, read_classnames, read_templates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,17 @@ class EvalSet:
         """The prompt templates; empty for retrieval."""
         return read_templates(self.templates) if self.templates else []
 
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Put this set's name before the message of whatever is raised inside."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            # the same error goes on, so that its kind and the place it came from stay known
+            if len(error.args) == 1:
+                error.args = (f"evaluation set {self.name}: {error}",)
+            raise
+
 
 def parse_eval_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[EvalSet]:
     """Read the words of the configuration: ``NAME=SHARDS`` or ``NAME=SHARDS;CLASSNAMES;TEMPLATES``.
@@ -79,8 +91,9 @@ def parse_eval_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[E
         one = EvalSet(
             name=name, shards=shards, kind="zeroshot", classnames=files[0], templates=files[1]
         )
-        one.read_classnames()
-        one.read_templates()
+        with one.named_in_errors():
+            one.read_classnames()
+            one.read_templates()
         sets.append(one)
     names = [one.name for one in sets]
     if twice := {name for name in names if names.count(name) > 1}:

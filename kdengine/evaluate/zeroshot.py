@@ -2,7 +2,6 @@
 """Zero-shot classification: class names and prompt templates against images."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,56 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_images, embed_texts
+from kdengine.evaluate.prompts import fill
 from kdengine.evaluate.retrieval import first_positive
 from kdengine.models import TwoTower
-
-IMAGENET = "imagenet"
-PLACES = ("{}", "{c}")
-
-
-def read_classnames(path: str) -> list[str]:
-    """Class names, one a line, line number (from 0) = class; ``imagenet`` for open_clip's 1000.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is empty or a line is blank.
-    """
-    if path == IMAGENET:
-        from kdengine.models.prompts import imagenet_classnames
-
-        return imagenet_classnames()
-    names = _lines(path, "class names")
-    blank = [number for number, name in enumerate(names) if not name]
-    if blank or not names:
-        raise ValueError(
-            f"class names {path}: one name a line, line number = class; "
-            f"{f'line {blank[0] + 1} is blank' if blank else 'the file is empty'}"
-        )
-    return names
-
-
-def read_templates(path: str) -> list[str]:
-    """Prompt templates, one a line, ``{}`` or ``{c}`` for the name; ``imagenet`` for OpenAI's 80.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: there is none, or a line lacks the place of the name.
-    """
-    if path == IMAGENET:
-        from kdengine.models.prompts import imagenet_templates
-
-        return imagenet_templates()
-    templates = [line for line in _lines(path, "templates") if line]
-    for template in templates:
-        _place(template, path)
-    if not templates:
-        raise ValueError(f"templates {path}: expected one template a line, the file is empty")
-    return templates
-
-
-def fill(template: str, name: str) -> str:
-    """The template with the class name in its place; other braces mean nothing."""
-    return template.replace(_place(template, "fill"), name)
 
 
 def class_embeddings(
@@ -145,7 +97,7 @@ def evaluate_zeroshot(
         RuntimeError: samples are missing or doubled, or embeddings are not finite.
     """
     label = torch.as_tensor(labels).to(torch.int64)
-    check_labels(label, len(classnames), "evaluate_zeroshot")
+    check_labels(label, len(classnames))
     shared = {"group": group, "device": device, "should_stop": should_stop}
     classes = class_embeddings(
         model, classnames, templates, tokenizer, batch_size=batch_size, **shared
@@ -154,7 +106,7 @@ def evaluate_zeroshot(
     return zeroshot_metrics(image, classes, label, group=group)
 
 
-def check_labels(labels: Tensor, num_classes: int, who: str) -> None:
+def check_labels(labels: Tensor, num_classes: int) -> None:
     """Refuse labels that are no class, naming the first.
 
     Raises:
@@ -165,26 +117,7 @@ def check_labels(labels: Tensor, num_classes: int, who: str) -> None:
         first = int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
         what = f"sample {first} has label {int(labels[first])}" if first >= 0 else "no sample"
         raise ValueError(
-            f"{who}: expected labels from 0 to {num_classes - 1}, one for each class name; {what} "
+            f"labels: expected 0 to {num_classes - 1}, one for each class name; {what} "
             f"({int(wrong.sum())} of {len(labels)} are wrong; -1 means no .cls member); do the "
             "class names belong to these shards?"
         )
-
-
-def _lines(path: str, what: str) -> list[str]:
-    try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{what}: cannot read {path} ({error.strerror}); give the path of a text file, or the "
-            f"word {IMAGENET}"
-        ) from None
-
-
-def _place(template: str, source: str) -> str:
-    for place in PLACES:
-        if place in template:
-            return place
-    raise ValueError(
-        f"templates ({source}): expected {{}} or {{c}} where the class name goes, got {template!r}"
-    )

@@ -77,6 +77,7 @@ def interactive_contrastive(
     teacher_image: Tensor,
     teacher_text: Tensor,
     *,
+    normalize: bool = False,
     group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -93,7 +94,15 @@ def interactive_contrastive(
     inputs.check_constant(who, teacher_image=teacher_image, teacher_text=teacher_text)
 
     def rows_only(query: Tensor, key: Tensor) -> Tensor:
-        return similarity_loss(query, key, scale, hard_cols=0.0, group=group, backend=backend)
+        return similarity_loss(
+            query,
+            key,
+            scale,
+            hard_cols=0.0,
+            normalize=normalize,
+            group=group,
+            backend=backend,
+        )
 
     return rows_only(image, teacher_text) + rows_only(text, teacher_image)
 
@@ -212,7 +221,7 @@ def cluster_kl(
     )
 
 
-def feature_loss(
+def feature(
     student: Tensor,
     teacher: Tensor,
     *,
@@ -232,7 +241,7 @@ def feature_loss(
     Raises: ValueError for unequal shapes, no rows, another reduction, a teacher with a gradient.
     Source: CLIP-KD eq. 11 prints ``"sum"``; its code and tables use ``"mean"``.
     """
-    who = "feature_loss"
+    who = "feature"
     inputs.check_pair(who, "student", student, "teacher", teacher)
     inputs.check_constant(who, teacher=teacher)
     if len(student) != len(teacher) or len(student) == 0:
@@ -244,18 +253,3 @@ def feature_loss(
         raise ValueError(f'{who}: reduction is "mean" or "sum"; {reduction!r} came')
     distances = feature_op(student, teacher, normalize=normalize, backend=backend)
     return distances.mean() / (student.shape[1] if reduction == "mean" else 1)
-
-
-def feature(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    normalize: bool = False,
-    reduction: str = "mean",
-    group: Group = None,
-    backend: str = "auto",
-) -> Tensor:
-    """FD under its name in ``kdengine.reference``: ``feature_loss``."""
-    return feature_loss(
-        student, teacher, normalize=normalize, reduction=reduction, group=group, backend=backend
-    )

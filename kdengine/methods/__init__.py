@@ -6,11 +6,19 @@ from dataclasses import asdict
 from torch.distributed import ProcessGroup
 
 from kdengine import config
-from kdengine.methods.base import Distillation, Method
+from kdengine.methods.base import Distillation, Method, teacher_missing
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_kd import ClipKD
 
-__all__ = ["Clip", "ClipKD", "Distillation", "Method", "build_method", "needs_teacher"]
+__all__ = [
+    "Clip",
+    "ClipKD",
+    "Distillation",
+    "Method",
+    "build_method",
+    "needs_teacher",
+    "teacher_missing",
+]
 
 METHODS: dict[str, type[Method]] = {"clip": Clip, "clip_kd": ClipKD}
 
@@ -41,8 +49,5 @@ def build_method(
     if method.name == "clip":
         return Clip(group=group)
     if teacher_width is None:
-        raise ValueError(
-            f"method {method.name}: expected a teacher, got none; name one with "
-            "--distill.distill-model, or use --method.name clip"
-        )
+        raise teacher_missing(method.name)
     return ClipKD(student_width, teacher_width, **asdict(method.clip_kd), group=group)

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from kdengine.models import Features, TwoTower
 
 
+def teacher_missing(name: str) -> ValueError:
+    """The error of a method that needs a teacher and has none."""
+    return ValueError(
+        f"method {name}: expected a teacher, got none; name one with --distill.distill-model, or "
+        "use --method.name clip"
+    )
+
+
 class Method(nn.Module, ABC):
     """Turns student and teacher features into loss terms; owns the heads and scales it learns.
 
@@ -21,6 +29,12 @@ class Method(nn.Module, ABC):
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
+        negative = {name: weight for name, weight in weights.items() if weight < 0}
+        if negative:
+            raise ValueError(
+                f"{type(self).__name__}: a weight is at least 0; {negative} came; a term of weight "
+                "0 is left out"
+            )
         self.weights = {name: weight for name, weight in weights.items() if weight != 0}
         if not self.weights:
             raise ValueError(
@@ -66,10 +80,7 @@ class Distillation(nn.Module):
             ValueError: the method needs a teacher and none was given.
         """
         if self.method.needs_teacher and teacher is None:
-            raise ValueError(
-                f"{type(self.method).__name__}: expected teacher features, got None; "
-                "name a teacher with --distill.distill-model, or use --method.name clip"
-            )
+            raise teacher_missing(type(self.method).__name__)
         student: Features = self.student(image, tokens)
         terms: dict[str, Tensor] = self.method(student, teacher)
         weighted = [weight * terms[name] for name, weight in self.method.weights.items()]

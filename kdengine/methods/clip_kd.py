@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kdengine.losses import feature_loss, similarity_loss, similarity_terms
+from kdengine.losses import feature, interactive_contrastive, similarity_terms
 from kdengine.methods.base import Method
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
@@ -87,11 +87,20 @@ class ClipKD(Method):
         if "fd" in self.weights or "icl" in self.weights:
             image, text = self.image_head(student.image), self.text_head(student.text)
             if "fd" in self.weights:
-                terms["fd"] = feature_loss(
+                terms["fd"] = feature(
                     image, teacher.image, normalize=True, backend=self.backend
-                ) + feature_loss(text, teacher.text, normalize=True, backend=self.backend)
+                ) + feature(text, teacher.text, normalize=True, backend=self.backend)
             if "icl" in self.weights:
-                terms["icl"] = self._interactive(image, text, teacher)
+                terms["icl"] = interactive_contrastive(
+                    image,
+                    text,
+                    self.interactive_scale(),
+                    teacher.image.detach(),
+                    teacher.text.detach(),
+                    normalize=True,
+                    group=self.group,
+                    backend=self.backend,
+                )
                 terms["icl_scale"] = self.interactive_scale().detach().squeeze()
         return terms
 
@@ -119,23 +128,6 @@ class ClipKD(Method):
         if crd:
             terms["crd"] = 0.5 * (found.soft_rows + found.soft_cols)
         return terms
-
-    def _interactive(self, image: Tensor, text: Tensor, teacher: Features) -> Tensor:
-        """ICL: each student embedding names the teacher's embedding of the other modality."""
-
-        def rows(query: Tensor, key: Tensor) -> Tensor:
-            return similarity_loss(
-                query,
-                key,
-                self.interactive_scale(),
-                hard_rows=0.5,
-                hard_cols=0.0,
-                normalize=True,
-                group=self.group,
-                backend=self.backend,
-            )
-
-        return rows(image, teacher.text.detach()) + rows(text, teacher.image.detach())
 
     def log_scales(self) -> list[nn.Parameter]:
         """The log scale of ICL; none under ``reference_quirks``, where it is not a logarithm."""

@@ -50,19 +50,19 @@ def build_student(
         FileNotFoundError: a named file or folder is missing.
         RuntimeError: a download failed.
     """
-    source = resolve("build_student", model, pretrained)
+    source = resolve("student", model, pretrained)
     source = dataclasses.replace(source, spec=_trained_preprocess(source.spec))
     if "multimodal_cfg" in source.spec.model_cfg:
         raise ValueError(
-            f"build_student: {model} is a CoCa model; its caption decoder would get no gradient; "
+            f"student {model}: it is a CoCa model; its caption decoder would get no gradient; "
             "take a two-tower configuration (CoCa models can be teachers)"
         )
     if seed is None:
-        tower = _build("build_student", source)
+        tower = _build("student", source)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            tower = _build("build_student", source)
+            tower = _build("student", source)
     if grad_checkpointing:
         _checkpoint_activations(tower, model)
     return Student(tower.train(), source.spec)
@@ -91,14 +91,15 @@ def build_teacher(
     Raises:
         ValueError: also when there are no weights.
     """
-    source = resolve("build_teacher", model, pretrained)
+    source = resolve("teacher", model, pretrained)
     if source.checkpoint is None and not allow_random:
         raise ValueError(
-            f"build_teacher: {model} without pretrained is random, and nothing can be learned from "
-            "it; give an open_clip tag, a checkpoint file, or local-dir:PATH"
+            f"teacher {model}: without pretrained it is random, and nothing can be learned from "
+            "it; give an open_clip tag or a checkpoint file (--distill.distill-pretrained), or "
+            "local-dir:PATH as the teacher"
         )
     with torch.random.fork_rng(devices=[]):
-        tower = _build("build_teacher", source, clamp_scale=False)
+        tower = _build("teacher", source, clamp_scale=False)
     return Teacher(tower, source.spec, dtype).to(device)
 
 
@@ -114,25 +115,26 @@ def load_model(model: str | Path, pretrained: str | None = None) -> Student:
     name = str(model)
     if ":" not in name and Path(name).is_dir():
         name = LOCAL + name
-    source = resolve("load_model", name, pretrained)
+    source = resolve("model", name, pretrained)
     if source.checkpoint is None:
         raise ValueError(
-            f"load_model: {name} has no weights; give the folder of an export, or pretrained"
+            f"model {name}: it has no weights; give the folder of an export, or a tag or a file of "
+            f"weights with the architecture: {name}@TAG (in Python pretrained)"
         )
     with torch.random.fork_rng(devices=[]):
-        tower = _build("load_model", source, clamp_scale=False)
+        tower = _build("model", source, clamp_scale=False)
     return Student(tower.eval(), source.spec)
 
 
 def build_from_spec(spec: TowerSpec, *, grad_checkpointing: bool = False) -> TwoTower:
     """The student that a spec describes, with random weights, ready for a state dict."""
-    tower = _build("build_from_spec", Source(spec, None))
+    tower = _build("student", Source(spec, None))
     if grad_checkpointing:
         _checkpoint_activations(tower, spec.name)
     return tower.train()
 
 
-def _build(who: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
+def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
     name = source.spec.name
     config: dict[str, Any] = copy.deepcopy(dict(source.spec.model_cfg))
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -149,23 +151,23 @@ def _build(who: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
         clip = cls(**(config | {"nonscalar_logit_scale": True}))
     except Exception as error:
         raise ValueError(
-            f"{who}: open_clip {open_clip.__version__} cannot build {name}: {error}"
+            f"{role} {name}: open_clip {open_clip.__version__} cannot build it: {error}"
         ) from error
     if clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
     if source.checkpoint is not None:
-        _load(who, clip, name, source.checkpoint)
+        _load(role, clip, name, source.checkpoint)
     return TwoTower(clip, clamp_scale=clamp_scale)
 
 
-def _load(who: str, clip: nn.Module, name: str, checkpoint: str) -> None:
+def _load(role: str, clip: nn.Module, name: str, checkpoint: str) -> None:
     try:
         open_clip.load_checkpoint(clip, checkpoint)
     except Exception as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 600 else reason[:600] + " ..."
         raise ValueError(
-            f"{who}: the checkpoint {checkpoint} does not fit {name}: {reason}; expected an "
+            f"{role}: the checkpoint {checkpoint} does not fit {name}: {reason}; expected an "
             "open_clip state dict (.safetensors, or a torch file of tensors) of this configuration"
         ) from error
 
@@ -175,7 +177,7 @@ def _trained_preprocess(spec: TowerSpec) -> TowerSpec:
     wanted = dataclasses.replace(spec.preprocess, interpolation="bicubic", resize_mode="shortest")
     if wanted != spec.preprocess:
         logger.warning(
-            "build_student: %s was trained with %s, %s; it will be trained, evaluated and "
+            "student %s: it was trained with %s, %s; it will be trained, evaluated and "
             "exported with bicubic, shortest",
             spec.name,
             spec.preprocess.interpolation,
@@ -192,13 +194,13 @@ def _checkpoint_activations(tower: TwoTower, name: str) -> None:
             clip.visual.trunk.set_grad_checkpointing(True)
         except Exception as error:
             raise ValueError(
-                f"build_student: the image tower of {name} has no gradient checkpointing "
-                f"({error}); switch grad_checkpointing off"
+                f"student {name}: its image tower has no gradient checkpointing ({error}); "
+                "switch grad_checkpointing off (--model.no-grad-checkpointing)"
             ) from error
     elif type(clip.visual).__name__ == "ModifiedResNet":
         logger.warning(
-            "build_student: open_clip's ResNet (%s) has no gradient checkpointing; only the text "
-            "tower recomputes its activations",
+            "student %s: open_clip's ResNet has no gradient checkpointing; only the text tower "
+            "recomputes its activations",
             name,
         )
     clip.set_grad_checkpointing(True)

@@ -56,8 +56,9 @@ def export_student(
     found = _occupant(out)
     if found == "foreign" and not force:
         raise FileExistsError(
-            f"export_student: {out} exists and is not an export by kdengine; choose another "
-            "folder, or force (other files in it stay)"
+            f"export: {out} holds {_few(_names(out))}, which is no export by kdengine; choose "
+            f"another folder, or write beside it: 'kdengine export RUN {out} --force' (in Python "
+            "force=True)"
         )
     tensors = _student_tensors(state_dict, spec)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,15 +92,19 @@ def _occupant(out: Path) -> str:
     if not out.exists():
         return "nothing"
     if not out.is_dir():
-        raise FileExistsError(f"export_student: {out} is a file; expected a folder's name")
-    names = {path.name for path in out.iterdir()}
+        raise FileExistsError(f"export: {out} is a file; name a folder, which need not exist")
+    names = _names(out)
     if not names:
         return "nothing"
     try:
         written = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["kdengine"]["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "foreign"
-    return "export" if names <= set(written) else "foreign"
+    return "export" if set(names) <= set(written) else "foreign"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _student_tensors(state_dict: Mapping[str, Tensor], spec: TowerSpec) -> dict[str, Tensor]:
@@ -122,7 +127,7 @@ def _student_tensors(state_dict: Mapping[str, Tensor], spec: TowerSpec) -> dict[
     ]
     if missing or unknown or shapes:
         raise ValueError(
-            f"export_student: the weights are not those of {spec.name}: missing {_few(missing)}, "
+            f"export: the weights are not those of {spec.name}: missing {_few(missing)}, "
             f"unknown {_few(unknown)}, shapes {_few(shapes)}; give the state dict of the student "
             "alone, whole"
         )
@@ -134,7 +139,7 @@ def _student_tensors(state_dict: Mapping[str, Tensor], spec: TowerSpec) -> dict[
     broken = [name for name, value in done.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(
-            f"export_student: weights are not finite: {_few(broken)}; export an earlier checkpoint"
+            f"export: weights are not finite: {_few(broken)}; export an earlier checkpoint"
         )
     # the student computes with a clamped scale, open_clip with the stored one
     done["logit_scale"] = done["logit_scale"].clamp(0, LOG_SCALE_MAX)

@@ -48,11 +48,11 @@ def student_configs() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def resolve(who: str, model: str, pretrained: str | None = None) -> Source:
+def resolve(role: str, model: str, pretrained: str | None = None) -> Source:
     """Find configuration, preprocessing and weights of a model.
 
     Args:
-        who: the caller, for messages.
+        role: what the model is to be, for messages: student, teacher or model.
         model: see the head of this module.
         pretrained: open_clip tag, or the path of a checkpoint file.
 
@@ -62,6 +62,7 @@ def resolve(who: str, model: str, pretrained: str | None = None) -> Source:
             GELU; the message names what would fit.
         RuntimeError: a download failed.
     """
+    who = f"{role} {model}"
     preprocess: dict[str, Any] = {}
     checkpoint: str | None
     if model.startswith(LOCAL):
@@ -71,8 +72,8 @@ def resolve(who: str, model: str, pretrained: str | None = None) -> Source:
     elif model.startswith(HUB):
         if pretrained:
             raise ValueError(
-                f"{who}: {model} brings its own weights, got pretrained={pretrained!r} as well; "
-                "leave pretrained away"
+                f"{who}: it brings its own weights, got pretrained {pretrained!r} as well; leave "
+                "that away"
             )
         hub = model.removeprefix(HUB)
         config, preprocess = _read_config(who, Path(_fetch(who, model, hub, CONFIG_FILE)))
@@ -81,8 +82,8 @@ def resolve(who: str, model: str, pretrained: str | None = None) -> Source:
         config, preprocess = _read_config(who, Path(model))
         checkpoint = _file(who, pretrained) if pretrained else None
     else:
-        model = model.replace("/", "-")
-        config = _named_config(who, model)
+        given, model = model, model.replace("/", "-")
+        config = _named_config(who, given, model)
         checkpoint, preprocess = _named_weights(who, model, config, pretrained)
     return Source(_spec(who, model, pretrained, config, preprocess), checkpoint)
 
@@ -94,7 +95,7 @@ def _spec(
     sides = list(size) if isinstance(size, list | tuple) else [size]
     if len(set(sides)) != 1:
         raise ValueError(
-            f"{who}: {name} takes images of {sides}; only square ones are supported; set "
+            f"{who}: it takes images of {sides}; only square ones are supported; set "
             "vision_cfg.image_size to one number"
         )
     fields = {k: preprocess[k] for k in ("mean", "std") if preprocess.get(k)}
@@ -131,16 +132,27 @@ def _read_config(who: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, whole.get("preprocess_cfg") or {}
 
 
-def _named_config(who: str, name: str) -> dict[str, Any]:
+def _named_config(who: str, given: str, name: str) -> dict[str, Any]:
     own = CONFIGS / f"{name}.json"
     config = json.loads(own.read_text()) if own.is_file() else open_clip.get_model_config(name)
     if config is None:
+        # open_clip's names may hold a slash, as in ViT-B/32; anything else with one is a path
+        if os.path.exists(given):
+            raise ValueError(
+                f"{who}: this is a path; a folder is given as {LOCAL}{given}, a configuration as a "
+                "file that ends in .json"
+            )
+        if "/" in given or given.startswith((".", "~")):
+            raise FileNotFoundError(
+                f"{who}: there is no such folder; give the folder of an export or of a run, "
+                f"{LOCAL}FOLDER, a JSON file, or the name of a model"
+            )
         names = [*student_configs(), *open_clip.list_models()]
         near = difflib.get_close_matches(name, names, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models();"
         raise ValueError(
-            f"{who}: no model {name!r}; {hint} kdengine's own: {', '.join(student_configs())}; "
-            f"or give {LOCAL}FOLDER or the path of a JSON file"
+            f"{who}: there is no model of this name; {hint} kdengine's own: "
+            f"{', '.join(student_configs())}; or give {LOCAL}FOLDER or the path of a JSON file"
         )
     return copy.deepcopy(config)
 
@@ -167,7 +179,7 @@ def _named_weights(
         if not tag:
             tags = open_clip.list_pretrained_tags_by_model(name)
             raise ValueError(
-                f"{who}: pretrained={pretrained!r} is neither a tag of {name} "
+                f"{who}: pretrained {pretrained!r} is neither a tag of {name} "
                 f"({', '.join(tags) or 'it has none'}) nor an existing file"
             )
     _check_gelu(who, name, pretrained, quick_gelu, tag)
@@ -191,7 +203,7 @@ def _check_gelu(who: str, name: str, weights: str, quick_gelu: bool, tag: dict[s
         right = f"a copy of {name}'s JSON configuration with quick_gelu {str(trained).lower()}"
     words = {True: "quick GELU", False: "plain GELU"}
     raise ValueError(
-        f"{who}: the weights {weights!r} were trained with {words[trained]}, but {name} computes "
+        f"{who}: the weights {weights!r} were trained with {words[trained]}, but it computes "
         f"{words[quick_gelu]}; use {right}"
     )
 
@@ -228,5 +240,5 @@ def _no_download(who: str, what: str, hub: str | None, error: Exception) -> Runt
     origin = f" (Hugging Face: {hub})" if hub else ""
     return RuntimeError(
         f"{who}: could not fetch {what}{origin}: {reason}. Without network: download the weights "
-        f"on another machine and give pretrained=FILE, or a folder as {LOCAL}PATH"
+        f"on another machine and give the file as pretrained, or a folder as {LOCAL}PATH"
     )

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kdengine.ops._backend import statistics_dtype
 
-# one buffer of a strip: tall enough for fast products and few calls, small enough for a cache
-STRIP_BYTES = 8 << 20
-MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 512
+# one buffer of a strip, and its most rows: tall enough for fast products and few calls; on a CPU
+# small enough for its cache, on a GPU large enough to fill it
+STRIP_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, {"cpu": 512, "cuda": 8192}
 
 
 class Cells(NamedTuple):
@@ -138,8 +139,9 @@ def products(
 def cut(student: Product) -> tuple[list[slice], Tensor]:
     """Strips of about STRIP_BYTES, and a buffer that holds the tallest."""
     num_rows, num_cols = len(student.left), len(student.right)
-    height = STRIP_BYTES // (num_cols * student.left.itemsize)
-    height = min(max(MIN_STRIP_ROWS, min(height, MAX_STRIP_ROWS)), num_rows)
+    kind = "cuda" if student.left.is_cuda else "cpu"
+    height = STRIP_BYTES[kind] // (num_cols * student.left.itemsize)
+    height = min(max(MIN_STRIP_ROWS, min(height, MAX_STRIP_ROWS[kind])), num_rows)
     strips = [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
     return strips, student.left.new_empty(height, num_cols)
 

@@ -110,7 +110,7 @@ def test_statistics_and_gradients_equal_the_dense_ones(shape: tuple[int, ...]) -
 def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(63, 65, 37, 13)
     truth, true_gradients = with_gradients(run, p)
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", 1)
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", height)
     ours, gradients = with_gradients(run, p)
     for x, true_x in zip([*ours, *gradients], [*truth, *true_gradients], strict=True):
@@ -118,7 +118,7 @@ def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.M
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", 1)
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 3)
     p = problem(5, 7, 4, 3)
 
@@ -252,7 +252,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, width = 512, 16
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", rows * 32 * 4)
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": rows * 32 * 4})
     x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
     with Largest() as largest:

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from kdengine import checkpoint
-from kdengine.checkpoint.folder import prune
+from kdengine.checkpoint.folder import FORMAT, prune
+from kdengine.checkpoint.resume import IDENTITY as WORDS
 from kdengine.config import Data, Model, Optim, Run, RunConfig, Train, to_dict
 from kdengine.ranks import Ranks
 
 ONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+IDENTITY = {"num_samples": 96, "shards": "some", "teacher": 7, "engine": {"gradient_clipping": 1.0}}
 
 # dies in the middle of the second save, when the files are written but not yet renamed
 KILLED_WHILE_SAVING = """
@@ -38,7 +40,7 @@ def fake(run: Path, *steps: int, **meta: Any) -> None:
     for step in steps:
         folder = run / "checkpoints" / checkpoint.step_name(step)
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(meta))
+        (folder / "run.json").write_text(json.dumps({"format": FORMAT} | meta))
         (run / "checkpoints" / "latest").write_text(folder.name)
 
 
@@ -100,7 +102,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     ("changed", "ranks", "samples", "message"),
     [
         ({}, 2, 96, r"written by 2 ranks, this run has 1.*--model.pretrained"),
-        ({}, 1, 90, "written with 90 training samples, this run finds 96"),
+        ({}, 1, 90, "number of training samples changed.*it was 90, is 96"),
         ({"train": Train(steps=9, batch_size=8)}, 1, 96, "train.batch_size was 8, is 128"),
         ({"optim": Optim(lr=0.5)}, 1, 96, "optim.lr was 0.5, is 0.001"),
         ({"model": Model(model="RN50")}, 1, 96, "model.model was 'RN50', is 'ViT-T-16'"),
@@ -109,17 +111,43 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 )
 def test_resume_into_another_run_is_refused(tmp_path, changed, ranks, samples, message) -> None:
     old = to_dict(RunConfig(**{"train": Train(steps=9)} | changed))
-    fake(tmp_path, 5, world_size=ranks, num_samples=samples, config=old)
+    there = IDENTITY | {"num_samples": samples}
+    fake(tmp_path, 5, world_size=ranks, identity=there, config=old)
     with pytest.raises(ValueError, match=message):
         checkpoint.check(
-            checkpoint.find(tmp_path, "5"), RunConfig(train=Train(steps=9)), ONE, num_samples=96
+            checkpoint.find(tmp_path, "5"), RunConfig(train=Train(steps=9)), ONE, IDENTITY
         )
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    fake(tmp_path, 5, format=FORMAT + 1)
+    with pytest.raises(ValueError, match=f"this version reads {FORMAT}"):
+        checkpoint.read_meta(checkpoint.find(tmp_path, "5"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shards", "other"), ("teacher", 8), ("engine", {"gradient_clipping": 2.0})],
+)
+def test_resume_with_other_contents_is_refused(tmp_path, name, value) -> None:
+    config = RunConfig(train=Train(steps=9))
+    fake(tmp_path, 5, world_size=1, identity=IDENTITY, config=to_dict(config))
+    with pytest.raises(ValueError, match=f"{WORDS[name][:12]}.* changed"):
+        checkpoint.check(checkpoint.find(tmp_path, "5"), config, ONE, IDENTITY | {name: value})
+
+
+def test_resume_may_find_the_same_contents_elsewhere(tmp_path: Path) -> None:
+    there = RunConfig(train=Train(steps=9), data=Data(train_data="/old/0.tar"))
+    here = RunConfig(train=Train(steps=9), data=Data(train_data="/new/0.tar"))
+    fake(tmp_path, 5, world_size=1, identity=IDENTITY, config=to_dict(there))
+    assert checkpoint.check(checkpoint.find(tmp_path, "5"), here, ONE, IDENTITY) == []
+
+
 def test_resume_may_change_logging_and_announces_a_new_length(tmp_path: Path) -> None:
-    fake(tmp_path, 5, world_size=1, num_samples=96, config=to_dict(RunConfig(train=Train(steps=9))))
+    config = to_dict(RunConfig(train=Train(steps=9)))
+    fake(tmp_path, 5, world_size=1, identity=IDENTITY, config=config)
     new = RunConfig(train=Train(steps=12), run=Run(keep_last=7), data=Data(workers=9))
-    (note,) = checkpoint.check(checkpoint.find(tmp_path, "5"), new, ONE, num_samples=96)
+    (note,) = checkpoint.check(checkpoint.find(tmp_path, "5"), new, ONE, IDENTITY)
     assert note == "train.steps was 9, is 12: the learning rate follows the new length"
 
 

@@ -12,9 +12,9 @@ def whole_and_in_parts(
 ) -> list[tuple[int, int, int]]:
     """Train the first line of each pair; train the second with SIGTERM to rank 1, and resume it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    from kdengine import train
+    from kdengine import loop, train
 
-    run_step = train.run_step
+    run_step = loop.run_step
 
     def signalled(job, **options):
         if job.folder.name.startswith("part") and (rank, job.state.step) == (1, at_step):
@@ -23,9 +23,9 @@ def whole_and_in_parts(
 
     codes = []
     for whole, part in lines:
-        train.run_step = signalled
+        loop.run_step = signalled
         first, second = train.main(whole), train.main(part)
-        train.run_step = run_step
+        loop.run_step = run_step
         codes.append((first, second, train.main([*part, "--resume", "latest"])))
     return codes
 

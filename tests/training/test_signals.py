@@ -133,14 +133,14 @@ def test_runner_that_dies_while_ranks_start_leaves_nothing_behind(
 # SIGTERM arrives while the student is being evaluated after step 2
 STOPPED_IN_EVALUATION = """
 import os, signal, sys
-from kdengine import train
-evaluate, calls = train.evaluate, []
+from kdengine import loop, train
+evaluate, calls = loop.evaluate, []
 def interrupted(job):
     calls.append(job.state.step)
     if calls == [2]:
         os.kill(os.getpid(), signal.SIGTERM)
     return evaluate(job)
-train.evaluate = interrupted
+loop.evaluate = interrupted
 sys.exit(train.main(sys.argv[1:]))
 """
 

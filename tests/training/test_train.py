@@ -91,15 +91,18 @@ def blinded(rank: int, world_size: int, lines: list[list[str]]) -> list[list[Any
     finite after each.
     """
     as_rank(rank, world_size)
-    from kdengine import arguments, train
+    from kdengine import arguments
+    from kdengine.job import build, start_ranks
+    from kdengine.loop import run_step
+    from kdengine.ranks import Heartbeat
     from kdengine.stop import Stop
 
     told = []
     for line in lines:
         config = arguments.parse(line)
         with contextlib.ExitStack() as cleanup:
-            me = train.start_ranks(config)
-            job = train.build(config, me, Stop(), train.Heartbeat(me), cleanup)
+            me = start_ranks(config)
+            job = build(config, me, Stop(), Heartbeat(me), cleanup)
             module = job.engine.module
             norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
             batches, seen = iter(job.loader), []
@@ -108,7 +111,7 @@ def blinded(rank: int, world_size: int, lines: list[list[str]]) -> list[list[Any
                 if bad and rank == 1:
                     batch["image"][0] = math.nan
                 job.loader = iter([batch])
-                applied = train.run_step(job, save=False).applied
+                applied = run_step(job, save=False).applied
                 kept = [x.isfinite().all().item() for n in norms for x in n.buffers()]
                 counts = {n.num_batches_tracked.item() for n in norms}
                 seen.append((applied, bool(kept) and all(kept), counts))
@@ -162,18 +165,21 @@ def raise_scale(engine: Any, scale: torch.nn.Parameter, value: float) -> None:
 def scales_after_a_step(rank: int, world_size: int, lines: list[list[str]]) -> list[list[float]]:
     """Push the masters of the scales above ln 100, take one step, and read the masters."""
     as_rank(rank, world_size)
-    from kdengine import arguments, checkpoint, train
+    from kdengine import arguments, checkpoint
+    from kdengine.job import build, start_ranks
+    from kdengine.loop import run_step
+    from kdengine.ranks import Heartbeat
     from kdengine.stop import Stop
 
     told = []
     for line in lines:
         config = arguments.parse(line)
         with contextlib.ExitStack() as cleanup:
-            me = train.start_ranks(config)
-            job = train.build(config, me, Stop(), train.Heartbeat(me), cleanup)
+            me = start_ranks(config)
+            job = build(config, me, Stop(), Heartbeat(me), cleanup)
             for scale in job.engine.module.log_scales():
                 raise_scale(job.engine, scale, 5.0)
-            step = train.run_step(job, save=False)
+            step = run_step(job, save=False)
             master = checkpoint.student_weights(job.engine)["logit_scale"]
             (visible,) = job.engine.module.log_scales()
             told.append([step.terms["scale"], master.item(), visible.item()])
@@ -257,14 +263,14 @@ def test_missing_length_is_named_before_the_engine_starts(train_here, words) -> 
 # rank 1 does not come back from its loader in step 3
 HANGS = """
 import sys, time
-from kdengine import train
-run_step = train.run_step
+from kdengine import loop, train
+run_step = loop.run_step
 def slow(job, **options):
     job.heartbeat.at("loading data", job.state.step)
     if job.state.step == 2 and job.ranks.rank == 1:
         time.sleep(600)
     return run_step(job, **options)
-train.run_step = slow
+loop.run_step = slow
 train.main(sys.argv[1:])
 """
 

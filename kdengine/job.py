@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run before its first step: ranks, models, data, engine, log, put together."""
+
+import contextlib
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdengine import assembly, checkpoint, ranks
+from kdengine.checkpoint import State
+from kdengine.config import RunConfig, to_toml
+from kdengine.engineconfig import deepspeed_config
+from kdengine.evaluate import Evaluator, parse_eval_sets
+from kdengine.log import RunLog
+from kdengine.methods import Distillation, build_method
+from kdengine.models import Teacher, TowerSpec
+from kdengine.optimizer import Buffers, adamw
+from kdengine.ranks import Heartbeat, Ranks
+from kdengine.stop import Stop
+
+
+@dataclass
+class Job:
+    """What the loop works with."""
+
+    config: RunConfig
+    ranks: Ranks
+    stop: Stop
+    heartbeat: Heartbeat
+    folder: Path
+    log: RunLog
+    student: TowerSpec
+    teacher: Teacher | None
+    engine: Any
+    loader: Any
+    evaluator: Evaluator | None
+    identity: dict[str, Any]
+    total: int
+    state: State
+    buffers: Buffers
+
+
+def start_ranks(config: RunConfig) -> Ranks:
+    """Join the process group: gloo on CPU, NCCL on GPU."""
+    ranks.environment()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if ranks.on_gpu() else "cpu")
+    import deepspeed
+
+    # optional shared-memory collectives of CPU ranks; building them takes longer than they save
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(minutes=config.run.timeout_minutes)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    me = ranks.current()
+    if me.device.type == "cuda":
+        torch.cuda.set_device(me.device)
+    else:
+        ranks.share_cores()
+    return me
+
+
+def build(
+    config: RunConfig,
+    me: Ranks,
+    stop: Stop,
+    heartbeat: Heartbeat,
+    cleanup: contextlib.ExitStack,
+) -> Job:
+    """Everything before the first step; what does not fit together is said here."""
+    folder = Path(config.run.logs) / config.run.name
+    resumed = checkpoint.starting_point(folder, config.run.resume, me)
+    engine_config = deepspeed_config(config, me.world_size)
+    student, teacher = assembly.build_models(config, me)
+    loader, identity, data_rows = assembly.build_data(
+        config, me, student.spec, teacher.spec if teacher else None
+    )
+    identity |= {
+        "engine": engine_config,
+        "teacher": assembly.checksum(teacher.tower) if teacher else None,
+    }
+    cleanup.callback(loader.close)
+    evaluator = build_evaluator(config, me, student.spec)
+    total = assembly.num_steps(config, loader.steps_per_epoch)
+    notes = checkpoint.check(resumed, config, me, identity) if resumed else []
+    rows = assembly.header(config, me, student, teacher, loader.steps_per_epoch, total)
+    engine = build_engine(config, me, student, teacher, engine_config)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(config.train.seed + me.rank)
+    state = State()
+    if resumed:
+        state = checkpoint.load(engine, resumed, ranks=me, loader=loader)
+    log = open_log(config, me, folder, state.step, total)
+    cleanup.callback(log.close)
+    log.header(f"kdengine {folder}", rows | data_rows)
+    if resumed:
+        log.note(f"resumed from {resumed}, at step {state.step}")
+        if state.step >= total:
+            log.warn(f"nothing left to train: the run ends at step {total}")
+    elif config.run.resume:
+        log.warn(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
+    for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
+        log.warn(note)
+    parts = (log, student.spec, teacher, engine, loader, evaluator)
+    counts = (identity, total, state, Buffers(engine.module))
+    return Job(config, me, stop, heartbeat, folder, *parts, *counts)
+
+
+def open_log(config: RunConfig, me: Ranks, folder: Path, step: int, total: int) -> RunLog:
+    """The run's log on rank 0, with a copy of the configuration beside it."""
+    tensorboard = config.run.tensorboard
+    log = RunLog(folder, enabled=me.first, step=step, total=total, tensorboard=tensorboard)
+    if me.first:
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if config.optim.warmup >= total:
+        log.warn(f"the warm-up of {config.optim.warmup} steps is longer than the run of {total}")
+    return log
+
+
+def build_engine(
+    config: RunConfig,
+    me: Ranks,
+    student: assembly.Student,
+    teacher: Teacher | None,
+    engine_config: dict[str, Any],
+) -> Any:
+    """The DeepSpeed engine around student, heads and scales; equal weights on all ranks."""
+    import deepspeed
+
+    torch.manual_seed(config.train.seed)
+    method = build_method(
+        config.method,
+        student_width=student.spec.embed_dim,
+        teacher_width=teacher.spec.embed_dim if teacher else None,
+        group=me.group,
+    )
+    if config.train.torchcompile:
+        student.tower.compile()
+    root = Distillation(student.tower, method).to(me.device)
+    optimizer = adamw(root, config.optim, me.device)
+    engine, *_ = deepspeed.initialize(
+        model=root, optimizer=optimizer, config=engine_config, dist_init_required=False
+    )
+    return engine
+
+
+def build_evaluator(config: RunConfig, me: Ranks, student: TowerSpec) -> Evaluator | None:
+    """Open the evaluation sets, so that an error in them shows before the first step."""
+    sets = parse_eval_sets(config.eval.retrieval, config.eval.zeroshot)
+    if not sets:
+        return None
+    return Evaluator(
+        student,
+        sets,
+        batch_size=config.eval.batch_size,
+        index_dir=config.data.index_dir,
+        max_pixels=config.data.max_pixels,
+        num_threads=config.data.workers,
+        group=me.group,
+        device=me.device,
+        progress=True,
+    )

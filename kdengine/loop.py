@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: evaluate, save, stop, step, log."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kdengine import checkpoint, ranks
+from kdengine.job import Job
+from kdengine.log import Meter
+from kdengine.models import build_from_spec
+from kdengine.models.towers import LOG_SCALE_MAX
+from kdengine.optimizer import learning_rate, update
+from kdengine.stop import EXIT_STOPPED
+
+
+@dataclass
+class Step:
+    """The outcome of one step, the same on all ranks; terms are means over the ranks."""
+
+    terms: dict[str, float]
+    stop: bool
+    save: bool
+    lr: float
+    grad_norm: float
+    applied: bool
+    data_wait_s: float
+
+
+def train(job: Job) -> int:
+    """The loop: evaluate, save, stop, step, log. Returns the exit code."""
+    config, state, log = job.config, job.state, job.log
+    stopping = save_asked = False
+    saved_step, saved_at, started = state.step, time.monotonic(), time.monotonic()
+    elapsed_before = state.elapsed_s
+    meter = Meter()
+    while True:
+        aside = time.perf_counter()
+        if evaluation_due(job) and not stopping:
+            stopping = not evaluate(job)
+        state.elapsed_s = elapsed_before + time.monotonic() - started
+        last = state.step >= job.total
+        if save_asked or stopping or last or save_due(job, saved_step):
+            save(job)
+            saved_step, saved_at = state.step, time.monotonic()
+        if stopping:
+            job.stop.request("another rank was asked to stop")
+            log.warn(f"{job.stop.reason}: ended at step {state.step}; --resume latest goes on")
+            return EXIT_STOPPED
+        if last:
+            break
+        meter.leave_out(time.perf_counter() - aside)
+        overdue = 0 < config.run.save_every_minutes * 60 < time.monotonic() - saved_at
+        step = run_step(job, save=overdue and job.ranks.first)
+        state.step += 1
+        state.samples_seen += config.train.batch_size * job.ranks.world_size
+        count_skipped(job, step)
+        meter.add(step.data_wait_s)
+        if state.step % config.run.log_every_n_steps == 0 or state.step == job.total:
+            state.elapsed_s = elapsed_before + time.monotonic() - started
+            record(job, step, meter)
+        stopping, save_asked = step.stop, step.save
+    if job.ranks.first:
+        out = checkpoint.export_run(job.folder, job.folder / "export")
+        log.note(f"done: {state.step} steps; the student is in {out}")
+    job.ranks.barrier()
+    return 0
+
+
+def run_step(job: Job, *, save: bool) -> Step:
+    """One batch through teacher and student, one update.
+
+    Communication: beside the engine's own and the losses', one all-reduce of the loss terms, the
+    request to stop and the request to save; its result is read after the update, so that it costs
+    no wait of its own.
+    """
+    engine, device = job.engine, job.ranks.device
+    # made before the forward pass is queued: a copy to the device waits for what is queued
+    asked = torch.tensor([job.stop.reason is not None, save], dtype=torch.float32, device=device)
+    job.heartbeat.at("loading data", job.state.step)
+    start = time.perf_counter()
+    batch = next(job.loader)
+    data_wait_s = time.perf_counter() - start
+    job.heartbeat.at("computing")
+    teacher = None
+    if job.teacher is not None:
+        teacher = job.teacher(
+            batch.get("teacher_image", batch["image"]), batch.get("teacher_tokens", batch["tokens"])
+        )
+    job.buffers.keep()
+    loss, terms = engine(batch["image"], batch["tokens"], teacher)
+    told = {"loss": loss.detach(), **terms}
+    shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
+    # a loss that is not finite must not leave finite gradients: NaN spreads to the norm of all
+    engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
+    job.heartbeat.at("updating")
+    lr = learning_rate(job.state.step, job.total, job.config.optim)
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+    grad_norm, applied = update(engine)
+    if not applied:
+        job.buffers.restore()
+    checkpoint.clamp_masters(engine, engine.module.log_scales(), 0.0, LOG_SCALE_MAX)
+    stop, save_now, *sums = shared.tolist()
+    return Step(
+        terms={name: x / job.ranks.world_size for name, x in zip(told, sums, strict=True)},
+        stop=stop > 0,
+        save=save_now > 0,
+        lr=lr,
+        grad_norm=grad_norm,
+        applied=applied,
+        data_wait_s=data_wait_s,
+    )
+
+
+def count_skipped(job: Job, step: Step) -> None:
+    """Count a step that was not taken; give up after too many in a row.
+
+    Raises:
+        RuntimeError: more than ``train.max_skipped`` consecutive steps were skipped.
+    """
+    state = job.state
+    if step.applied:
+        state.skipped_in_a_row = 0
+        return
+    state.num_skipped += 1
+    state.skipped_in_a_row += 1
+    told = ", ".join(f"{name} {value:.4g}" for name, value in step.terms.items())
+    job.log.warn(f"step {state.step} skipped: loss or gradient is not finite ({told})")
+    if state.skipped_in_a_row > job.config.train.max_skipped:
+        raise RuntimeError(
+            f"train: the loss or the gradient was not finite in {state.skipped_in_a_row} steps in "
+            f"a row, up to step {state.step} ({told}); the weights are those of before: lower "
+            "--optim.lr, set --optim.grad-clip-norm, or try --train.precision fp32"
+        )
+
+
+def record(job: Job, step: Step, meter: Meter) -> None:
+    """Log one step; rates are means since the last logged one."""
+    state, weights = job.state, job.engine.module.method.weights
+    terms = {f"loss/{k}" if k in weights else k: v for k, v in step.terms.items()}
+    values = {
+        "step": state.step,
+        "epoch": round(state.step / job.loader.steps_per_epoch, 4),
+        "samples_seen": state.samples_seen,
+        **terms,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        **meter.rates(job.config.train.batch_size * job.ranks.world_size),
+        "num_skipped": state.num_skipped,
+        "time_s": state.elapsed_s,
+        "peak_memory_mib": ranks.peak_memory_mib(job.ranks.device),
+    }
+    job.log.step(values)
+
+
+def evaluation_due(job: Job) -> bool:
+    """Whether this step is to be evaluated and has not been."""
+    step, every = job.state.step, job.config.eval.val_frequency
+    if job.evaluator is None or step in (0, job.state.evaluated_step):
+        return False
+    return step == job.total or (every > 0 and step % every == 0)
+
+
+def evaluate(job: Job) -> bool:
+    """Evaluate the student on all ranks; False when the run was asked to stop meanwhile.
+
+    The student is rebuilt from the fp32 masters, so what is measured is what an export holds.
+    """
+    assert job.evaluator is not None
+    job.heartbeat.at("evaluating", job.state.step)
+    job.log.pause()
+    start, before = time.perf_counter(), checkpoint.random_state()
+    student = build_from_spec(job.student)
+    student.clip.load_state_dict(checkpoint.student_weights(job.engine))
+    results = job.evaluator.run(
+        student.to(job.ranks.device),
+        should_stop=lambda: job.ranks.any(job.stop.reason is not None),
+    )
+    checkpoint.set_random_state(before)
+    if results is None:
+        return False
+    job.state.evaluated_step = job.state.step
+    job.log.evaluation(job.state.step, results, time.perf_counter() - start)
+    return True
+
+
+def save_due(job: Job, saved_step: int) -> bool:
+    """Whether the number of steps asks for a checkpoint."""
+    every, step = job.config.run.save_every_n_steps, job.state.step
+    return every > 0 and step % every == 0 and step != saved_step
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint on all ranks."""
+    job.heartbeat.at("saving", job.state.step)
+    start = time.perf_counter()
+    path = checkpoint.save(
+        job.engine,
+        job.folder,
+        job.state,
+        ranks=job.ranks,
+        loader=job.loader,
+        config=job.config,
+        student=job.student,
+        identity=job.identity,
+    )
+    job.log.note(f"saved {path} in {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How evaluation sets are written, and that errors name the set they belong to."""
+
+from pathlib import Path
+
+import pytest
+
+from kdengine import evaluate
+from kdengine.evaluate import EvalSet
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "cifar-classnames.txt").write_text("dog\ncat\n")
+    (tmp_path / "cifar-templates.txt").write_text("a {}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "shards", ["cifar-zeroshot.tar", "cifar-zeroshot-{000..009}.tar", "cifar-zeroshot_{0..9}.tar"]
+)
+def test_prompt_files_are_found_beside_the_shards(prompts, shards):
+    (found,) = evaluate.parse_eval_sets([], [f"c10={prompts}/{shards}"])
+    assert found == EvalSet(
+        name="c10",
+        shards=f"{prompts}/{shards}",
+        kind="zeroshot",
+        classnames=f"{prompts}/cifar-classnames.txt",
+        templates=f"{prompts}/cifar-templates.txt",
+    )
+
+
+def test_sets_are_read_in_order(prompts):
+    word = f"in = /data/val.tar ; imagenet ; {prompts}/cifar-templates.txt"
+    found = evaluate.parse_eval_sets(["coco=/data/coco-{0..3}.tar", "f=a.tar::b.tar"], [word])
+    assert [one.name for one in found] == ["coco", "f", "in"]
+    assert found[1].shards == "a.tar::b.tar"
+    assert (found[2].shards, found[2].classnames) == ("/data/val.tar", "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "zeroshot", "match"),
+    [
+        (["/data/val.tar"], [], "expected 'NAME=SHARDS'"),
+        (["/data/a=b.tar"], [], "expected 'NAME=SHARDS'"),
+        (["a="], [], "expected 'NAME=SHARDS'"),
+        (["a b=x.tar"], [], "made of letters"),
+        (["a=x.tar", "a=y.tar"], [], r"given twice: \['a'\]"),
+        ([], ["a=x.tar"], "X-zeroshot.tar with X-classnames.txt"),
+        ([], ["a=x.tar;imagenet"], "expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES'"),
+    ],
+    ids=["no name", "path", "no shards", "blank", "twice", "no prompts", "one file"],
+)
+def test_malformed_sets_are_refused(retrieval, zeroshot, match):
+    with pytest.raises(ValueError, match=match):
+        evaluate.parse_eval_sets(retrieval, zeroshot)
+
+
+def test_missing_class_names_are_an_error_of_their_set():
+    with pytest.raises(FileNotFoundError, match="^evaluation set c10: class names: .*/nowhere/a"):
+        evaluate.parse_eval_sets([], ["c10=x.tar;/nowhere/a;/nowhere/b"])
+
+
+def test_zeroshot_set_without_templates_is_refused():
+    with pytest.raises(ValueError, match="needs class names and templates"):
+        EvalSet(name="x", shards="x.tar", kind="zeroshot", classnames="imagenet")
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, RuntimeError])
+def test_an_error_names_its_set_and_keeps_its_origin(error):
+    def fails():
+        raise error("images: too few")
+
+    with (
+        pytest.raises(error, match="^evaluation set a: images: too few$") as caught,
+        EvalSet(name="a", shards="x.tar", kind="retrieval").named_in_errors(),
+    ):
+        fails()
+    assert caught.traceback[-1].name == "fails"
