@@ -37,7 +37,7 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
     check_name(op, requested)
     device = tensors[0].device.type
     name = "torch" if requested == "auto" else requested
-    reason = why_not(op, name, device)
+    reason = why_not(op, name, tensors)
     if reason:
         raise RuntimeError(
             f"{op}: backend {requested!r} was asked for, but {reason}; "
@@ -54,14 +54,17 @@ def check_name(op: str, requested: str) -> None:
         raise ValueError(f"{op}: backend is one of {BACKENDS}; {requested!r} came")
 
 
-def why_not(op: str, name: str, device: str) -> str | None:
-    """Why a backend cannot run here, or None if it can."""
+def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why a backend cannot run on these tensors, or None if it can."""
     if (op, name) not in MODULES:
         return f"this build of kdengine has no {name} implementation of {op}"
     if name == "torch":
         return None
+    device = tensors[0].device.type
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs an NVIDIA GPU and the tensors are on {device!r}"
+    if any(x.dtype == torch.float64 for x in tensors):
+        return "it computes in float32 and a tensor is float64"
     module = MODULES[op, name]
     try:
         importlib.import_module(module)

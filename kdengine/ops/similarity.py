@@ -125,7 +125,7 @@ def _forward(
     means: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = _backend.choose("similarity", [query, key], backend)
+    module = _backend.choose("similarity", [query, key, *teacher_query, *teacher_key], backend)
     # logits are never rounded to a low precision, whatever the caller's autocast says
     with torch.autocast(query.device.type, enabled=False):
         return module.forward(
@@ -197,7 +197,7 @@ def _backward(
     need_scale: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _backend.choose("similarity", [query, key], backend)
+    module = _backend.choose("similarity", [query, key, *teacher_query, *teacher_key], backend)
     with torch.autocast(query.device.type, enabled=False):
         return module.backward(
             grads,

@@ -54,7 +54,7 @@ def backends(op: str) -> list[str]:
 
 def runnable(op: str, name: str) -> str:
     """The name of a backend; skips where it cannot run."""
-    reason = _backend.why_not(op, name, DEVICE)
+    reason = _backend.why_not(op, name, [torch.empty(0, device=DEVICE)])
     if reason:
         pytest.skip(f"backend {name} of {op}: {reason}")
     return name

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every entry of the tuning table for a GPU that need not be there.
+
+    PYTHONPATH=kernels python -m kdengine_kernels.offline [--json]
+
+Prints registers, bytes spilled, shared memory and the kind of tensor-core instruction of each
+kernel: what one looks at before and after a change of blocks or epilogue.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kdengine_kernels.similarity_gradient import _gradient_kernel
+from kdengine_kernels.similarity_statistics import _statistics_kernel
+from kdengine_kernels.tuning import TABLE, Config
+
+CAPABILITY = 90
+WIDTH, TEACHER_WIDTH = 512, 768
+DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
+INT32 = {"labels", "col_labels", "flag"}
+SIZES = {"first_row", "end_row", "num_cols", "row_stride", "row_slot", "col_stride", "col_slot"}
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel uses.
+
+    Attributes:
+        kind: entry of the tuning table.
+        dtype: of the features.
+        registers: of a thread.
+        stack_bytes: of a thread; more than 0 means spilled registers.
+        shared_bytes: of a program.
+        wgmma: whether products use Hopper's warp group instructions.
+    """
+
+    kind: str
+    dtype: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    wgmma: bool
+
+
+def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
+    """Each entry of the table with its kernel and flags, the rare repetitions included."""
+    for (kind, itemsize), blocks in TABLE.items():
+        for dtype in DTYPES[itemsize]:
+            if "statistics" in kind:
+                soft = kind.startswith("dual")
+                common = {"ROWS": True, "COLS": True, "SOFT_ROWS": soft, "SOFT_COLS": soft}
+                for online in (False, True):
+                    flags = common | {"MEANS": False, "ONLINE": online}
+                    name = kind + " (repeated)" * online
+                    yield name, dtype, blocks, _statistics_kernel, flags
+                continue
+            student, soft = kind.startswith(("gradient", "dual", "residual")), False
+            soft = kind.startswith(("dual", "targets"))
+            flags = {"ROWS": student, "COLS": student, "SOFT_ROWS": soft, "SOFT_COLS": soft}
+            flags |= {"RESIDUAL": kind.startswith("residual"), "EXACT": kind.endswith("_exact")}
+            flags |= {"UNIT": student and dtype == "fp16"}
+            yield kind, dtype, blocks, _gradient_kernel, flags
+
+
+def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any:
+    """Compile one kernel as its launcher would."""
+    precision = "tf32x3" if dtype == "fp32" else "tf32"
+    constants = flags | {
+        "WIDTH": WIDTH,
+        "TEACHER_WIDTH": TEACHER_WIDTH,
+        "TMA": True,
+        "BLOCK_ROWS": blocks.rows,
+        "BLOCK_COLS": blocks.cols,
+        "BLOCK_K": blocks.k,
+        "GROUP": blocks.group,
+        "PRECISION": precision,
+        "TEACHER_PRECISION": precision,
+    }
+    targets = flags["SOFT_ROWS"] and not flags["ROWS"]
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in SIZES:
+            signature[name] = "i32"
+        elif name.endswith("query"):
+            signature[name] = f"tensordesc<{dtype}[{blocks.rows}, {blocks.k}]>"
+        elif name.endswith("key"):
+            signature[name] = f"tensordesc<{dtype}[{blocks.cols}, {blocks.k}]>"
+        elif name == "out" and not targets:
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "*i32" if name in INT32 else "*fp32"
+    aligned: dict[Any, Any] = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+
+
+def measure(kind: str, dtype: str, blocks: Config, kernel: Any, flags: dict[str, Any]) -> Usage:
+    """Compile one case and read what it uses."""
+    compiled = build(kernel, dtype, blocks, flags)
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        text = subprocess.run(
+            [str(tool), "-res-usage", binary.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return Usage(
+        kind,
+        dtype,
+        int(found[1]),
+        int(found[2]),
+        compiled.metadata.shared,
+        "wgmma.mma_async" in compiled.asm["ptx"],
+    )
+
+
+def main() -> None:
+    """Print one line a case, as a table or as JSON."""
+    as_json = "--json" in sys.argv[1:]
+    if not as_json:
+        print(f"{'kernel':34} {'dtype':5} {'registers':>9} {'stack':>6} {'shared':>7}  wgmma")
+    for case in cases():
+        usage = measure(*case)
+        if as_json:
+            print(json.dumps(usage._asdict()), flush=True)
+        else:
+            kind, dtype, registers, stack, shared, wgmma = usage
+            print(f"{kind:34} {dtype:5} {registers:9} {stack:6} {shared:7}  {wgmma}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every entry of the tuning table, compiled for Hopper without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdengine_kernels.tuning import TABLE
+
+# of a streaming multiprocessor of sm_90, for one program
+SHARED_LIMIT = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def usages(repository: Path) -> list[dict]:
+    """What each kernel uses. In a process of its own: here kernels are made for the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kdengine_kernels.offline", "--json"],
+        env=env | {"PYTHONPATH": str(repository / "kernels")},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_entry_was_compiled_for_each_dtype(usages: list[dict]) -> None:
+    seen = {(usage["kind"].removesuffix(" (repeated)"), usage["dtype"]) for usage in usages}
+    dtypes = {2: ("bf16", "fp16"), 4: ("fp32",)}
+    assert seen == {(kind, dtype) for kind, size in TABLE for dtype in dtypes[size]}
+
+
+def test_products_use_warp_group_instructions(usages: list[dict]) -> None:
+    assert [usage for usage in usages if not usage["wgmma"]] == []
+
+
+def test_no_register_is_spilled(usages: list[dict]) -> None:
+    assert [usage for usage in usages if usage["stack_bytes"]] == []
+
+
+def test_shared_memory_suffices(usages: list[dict]) -> None:
+    assert [usage for usage in usages if usage["shared_bytes"] > SHARED_LIMIT] == []

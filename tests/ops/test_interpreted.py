@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels in Triton's interpreter, on the CPU, against float64.
+
+The interpreter cannot multiply bfloat16 and does not emulate tf32: float32 and float16 here, the
+rest in tests/gpu.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdengine import losses, reference
+from kdengine.ops import similarity
+from kdengine_kernels import similarity as kernels
+from kdengine_kernels import tuning
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1; tests/gpu runs them on a GPU", allow_module_level=True)
+
+# numpy's, where a discarded branch of a kernel overflows
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+TERMS = ("hard_rows", "hard_cols", "soft_rows", "soft_cols")
+# upstream gradients, different for every term
+WEIGHTS = (0.7, -0.4, 1.3, 0.6)
+# relative error of losses and of gradients
+TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.float16: (1e-5, 2e-3)}
+SHAPES = {
+    "1": (1, 1, 8, 8),
+    "2": (2, 2, 5, 3),
+    "63": (63, 63, 37, 16),
+    "wide": (65, 130, 40, 80),
+    "tall": (129, 33, 64, 32),
+    "257": (257, 257, 32, 64),
+}
+
+
+def unit(rows: int, width: int) -> Tensor:
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1)
+
+
+def paired(rows: int, cols: int, width: int) -> tuple[Tensor, Tensor]:
+    """Features whose pairs resemble each other, as in training."""
+    query, key = unit(rows, width), unit(cols, width)
+    count = min(rows, cols)
+    key[:count] = F.normalize(key[:count] + query[:count], dim=1)
+    return query, key
+
+
+def problem(rows: int, cols: int, width: int, teacher_width: int, scale: float) -> dict[str, Any]:
+    query, key = paired(rows, cols, width)
+    teacher_query, teacher_key = paired(rows, cols, teacher_width)
+    return {
+        "query": query,
+        "key": key,
+        "scale": scale,
+        "labels": torch.randint(0, cols, (rows,)) if rows != cols else None,
+        "col_labels": torch.randint(0, rows, (cols,)) if rows != cols else None,
+        "teacher_query": teacher_query,
+        "teacher_key": teacher_key,
+        "teacher_scale": 1.5 * scale,
+    }
+
+
+def rounded(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in p.items()
+    }
+
+
+def terms_and_gradients(
+    function: Any, p: dict[str, Any], gain: float = 1.0, **options: Any
+) -> list[Tensor]:
+    """The four terms, and the gradients of query, key and scale of their weighted sum.
+
+    ``gain`` scales the loss up and the gradients down, as float16 training does.
+    """
+    query, key = (p[name].clone().requires_grad_() for name in ("query", "key"))
+    scale = torch.tensor(p["scale"], dtype=torch.float64).requires_grad_()
+    terms = function(**p | {"query": query, "key": key, "scale": scale}, **options)
+    terms = [getattr(terms, name) for name in TERMS]
+    total = gain * sum(w * x for w, x in zip(WEIGHTS, terms, strict=True))
+    gradients = torch.autograd.grad(total, (query, key, scale))
+    return [*(x.detach() for x in terms), *(x.double() / gain for x in gradients)]
+
+
+def assert_accurate(p: dict[str, Any], dtype: torch.dtype, least: float = 0.0) -> None:
+    """Errors within the tolerance, or within twice those of the dense loss in float32.
+
+    Gradients shorter than ``least`` are what remains of terms that cancel.
+    """
+    p = rounded(p, dtype)
+    # gradients of the order of 500, where float16 is at its best
+    gain = 500 * len(p["query"]) / p["scale"] if dtype == torch.float16 else 1.0
+    truth = terms_and_gradients(reference.similarity_terms, rounded(p, torch.float64))
+    dense = terms_and_gradients(reference.similarity_terms, rounded(p, torch.float32))
+    ours = terms_and_gradients(losses.similarity_terms, p, gain, backend="triton")
+    loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
+    # one rounding of the largest logit in float32, and one of its exponential's exponent
+    logit_error = 2**-23 * max(p["scale"], p["teacher_scale"])
+    for i, name in enumerate([*TERMS, "query", "key", "scale"]):
+        error, dense_error = ((x[i].double() - truth[i]).norm().item() for x in (ours, dense))
+        size = truth[i].norm().item()
+        if name in TERMS:
+            allowed = max(loss_tolerance * max(size, 1.0), logit_error, 2 * dense_error)
+        else:
+            allowed = max(gradient_tolerance * max(size, least), 2 * dense_error)
+        assert error <= allowed, (name, error, allowed)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 14.0, 100.0], ids="scale={}".format)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_terms_and_gradients_equal_the_oracle(shape: tuple, dtype: Any, scale: float) -> None:
+    assert_accurate(problem(*shape, scale), dtype)
+
+
+def duplicates() -> dict[str, Any]:
+    p = problem(64, 64, 32, 32, 100.0)
+    return p | {name: p[name].repeat(2, 1)[::2] for name in ("query", "key")}
+
+
+def negated_towers() -> dict[str, Any]:
+    """Every cosine is -1 at scale 100: no exponential relative to a fixed shift survives."""
+    query = unit(1, 32).expand(96, 32)
+    return problem(96, 96, 32, 32, 100.0) | {"query": query, "key": -query}
+
+
+def one_hot_teacher() -> dict[str, Any]:
+    features = torch.eye(96, dtype=torch.float64)
+    same = {"teacher_query": features, "teacher_key": features, "teacher_scale": 100.0}
+    return problem(96, 96, 32, 96, 1e-3) | same
+
+
+def uniform_teacher() -> dict[str, Any]:
+    features = torch.eye(96, dtype=torch.float64)
+    same = {"query": features, "key": features, "teacher_scale": 1e-3}
+    return problem(96, 96, 96, 32, 100.0) | same
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    "make", [duplicates, negated_towers, one_hot_teacher, uniform_teacher], ids=lambda f: f.__name__
+)
+def test_ugly_features(make: Any, dtype: torch.dtype) -> None:
+    p = make()
+    # every row of G holds weights of both signs that sum to about 1 / B
+    assert_accurate(p, dtype, least=p["scale"] / len(p["query"]) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_student_that_equals_its_teacher_has_nothing_to_learn(dtype: torch.dtype) -> None:
+    p = rounded(problem(96, 96, 32, 32, 14.0), dtype)
+    p |= {"teacher_query": p["query"], "teacher_key": p["key"], "teacher_scale": 14.0}
+    query = p["query"].clone().requires_grad_()
+    terms = losses.similarity_terms(**p | {"query": query}, backend="triton")
+    (gradient,) = torch.autograd.grad(terms.soft_rows + terms.soft_cols, query)
+    assert terms.soft_rows.abs() < 1e-6 and terms.soft_cols.abs() < 1e-6
+    assert gradient.norm() < 1e-6
+
+
+def statistics(p: dict[str, Any], names: tuple[str, ...], **options: Any) -> list[Tensor]:
+    """All statistics of the op, and gradients of a random mix of the differentiable ones."""
+    p = p | {name: p[name].detach().clone().requires_grad_() for name in names}
+    sides = similarity(**p, means=True, **options)
+    outputs = [x for side in sides if side for x in side]
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for side in sides:
+        for x in (side.others, side.positive, side.gap) if side else ():
+            weight = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+            total = total + (weight * x.double())[x > -torch.inf].sum()
+    return [*outputs, *torch.autograd.grad(total, [p[name] for name in names])]
+
+
+def raw_problem(rows: int, cols: int) -> dict[str, Any]:
+    """Two teachers, and some rows and columns without a positive."""
+    labels, col_labels = torch.randint(0, cols, (rows,)), torch.randint(0, rows, (cols,))
+    labels[5::7], col_labels[5::7] = -1, rows
+    return {
+        "query": unit(rows, 40),
+        "key": unit(cols, 40),
+        "scale": torch.tensor(9.0, dtype=torch.float64),
+        "labels": labels,
+        "col_labels": col_labels,
+        "teacher_query": [unit(rows, 24), unit(rows, 40)],
+        "teacher_key": [unit(cols, 24), unit(cols, 40)],
+        "teacher_scale": torch.tensor([20.0, 3.0], dtype=torch.float64),
+    }
+
+
+def single(p: dict[str, Any], num_teachers: int = 2) -> dict[str, Any]:
+    def low(value: Any) -> Any:
+        if isinstance(value, list):
+            return [x.float() for x in value[:num_teachers]]
+        return value.float() if value.is_floating_point() else value
+
+    return {k: low(v) for k, v in p.items()} | {
+        "teacher_scale": p["teacher_scale"][:num_teachers].float()
+    }
+
+
+SIDES = {
+    "all": {"soft_rows": True, "soft_cols": True},
+    "hard": {},
+    "rows": {"cols": False, "soft_rows": True},
+    "cols": {"rows": False, "soft_cols": True},
+    "soft rows": {"soft_rows": True},
+    "soft cols": {"soft_cols": True},
+}
+
+
+@pytest.mark.parametrize("num_teachers", [1, 2])
+@pytest.mark.parametrize("flags", SIDES.values(), ids=SIDES)
+def test_statistics_of_every_side_equal_those_in_float64(flags: dict, num_teachers: int) -> None:
+    p = single(raw_problem(70, 150), num_teachers)
+    double = {
+        k: [x.double() for x in v]
+        if isinstance(v, list)
+        else v
+        if v.dtype == torch.int64
+        else v.double()
+        for k, v in p.items()
+    }
+    names = ("query", "key", "scale")
+    truth = statistics(double, names, backend="torch", **flags)
+    ours = statistics(p, names, backend="triton", **flags)
+    for x, true_x in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x.double(), true_x, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "names", [("query",), ("key",), ("scale",), ("key", "scale")], ids="-".join
+)
+def test_each_gradient_alone(names: tuple[str, ...]) -> None:
+    p = single(raw_problem(40, 50))
+    together = statistics(p, ("query", "key", "scale"), backend="triton", **SIDES["all"])
+    alone = statistics(p, names, backend="triton", **SIDES["all"])
+    for name, x in zip(names, alone[-len(names) :], strict=True):
+        true_x = together[["query", "key", "scale"].index(name) - 3]
+        torch.testing.assert_close(x, true_x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("two_phase", [False, True], ids=["one phase", "two phases"])
+def test_strips_and_variants_change_nothing(monkeypatch: Any, two_phase: bool) -> None:
+    p = single(raw_problem(300, 90), 1)
+    names = ("query", "key", "scale")
+    whole = statistics(p, names, backend="triton", **SIDES["all"])
+    monkeypatch.setattr(kernels, "STATISTICS_BYTES", 1)
+    monkeypatch.setattr(kernels, "GRADIENT_BYTES", 1)
+    monkeypatch.setattr(kernels, "two_phase", lambda *_: two_phase)
+    for x, true_x in zip(
+        statistics(p, names, backend="triton", **SIDES["all"]), whole, strict=True
+    ):
+        torch.testing.assert_close(x, true_x, rtol=2e-6, atol=2e-5)
+
+
+def test_two_runs_are_equal_to_the_last_bit() -> None:
+    p = single(raw_problem(130, 90))
+    names = ("query", "key", "scale")
+    first, second = (statistics(p, names, backend="triton", **SIDES["all"]) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_uninitialised_memory_is_never_read() -> None:
+    p = single(raw_problem(63, 65))
+    names = ("query", "key", "scale")
+    plain = statistics(p, names, backend="triton", **SIDES["all"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # under this mode torch.empty fills with NaN
+        assert torch.empty(3).isnan().all()
+        poisoned = statistics(p, names, backend="triton", **SIDES["all"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(plain, poisoned, strict=True))
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    p = single(raw_problem(20, 30))
+    strided = p | {
+        "query": p["query"].T.contiguous().T,
+        "key": torch.stack([p["key"], p["key"]], 1)[:, 0],
+        "labels": torch.stack([p["labels"], p["labels"]], 1)[:, 0],
+    }
+    for x, true_x in zip(
+        statistics(strided, ("query", "key", "scale"), backend="triton", **SIDES["all"]),
+        statistics(p, ("query", "key", "scale"), backend="triton", **SIDES["all"]),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, true_x, rtol=1e-6, atol=1e-6)
+
+
+def test_float64_is_refused_by_name() -> None:
+    x = unit(4, 3)
+    with pytest.raises(RuntimeError, match="'triton' was asked for, but .*float64"):
+        losses.similarity_loss(x, x, 10.0, backend="triton")
+
+
+def test_no_entry_of_the_table_is_for_an_unknown_kernel() -> None:
+    kinds = {kind.removesuffix("_exact") for kind, _ in tuning.TABLE}
+    for kind in kinds:
+        assert {size for name, size in tuning.TABLE if name == kind} == {2, 4}
