@@ -160,7 +160,8 @@ def forward(
     soft_rows: bool,
     soft_cols: bool,
     means: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    attend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
     student, *teachers = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
     row_side, col_side = Side(1, labels), Side(0, col_labels)
@@ -171,13 +172,19 @@ def forward(
     work = torch.empty_like(z)
     temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
+    attended = z.new_empty(len(query) if attend else 0, key.shape[1])
     for rows in strips:
         here = slice(rows.stop - rows.start)
         logits = student.strip(rows, z)
         weigh = [logits] if means else []
         for side in hard:
             cells = side.cells(rows, z.shape[1])
-            side.add(0, reduce(logits, cells, weigh, work[here], temp[here]))
+            sums = reduce(logits, cells, weigh, work[here], temp[here])
+            side.add(0, sums)
+        if attend:
+            # the rows are the only side, so ``work`` holds their exponentials
+            torch.mm(work[here], student.right, out=attended[rows])
+            attended[rows] /= sums.total.clamp(min=1)
         for k, teacher in enumerate(teachers, start=1):
             targets = teacher.strip(rows, t)
             weigh = [torch.sub(targets, logits, out=gap[here]), targets]
@@ -190,6 +197,7 @@ def forward(
         col_side.result(0) if on_cols else z.new_empty(2 + means, 0),
         torch.stack([row_side.result(k) for k in sources]) if soft_rows else z.new_empty(0, 4, 0),
         torch.stack([col_side.result(k) for k in sources]) if soft_cols else z.new_empty(0, 4, 0),
+        attended,
     )
 
 

@@ -148,3 +148,25 @@ def has_tma(device: torch.device) -> bool:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; those of an H200 in the interpreter."""
     return 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
+    """Rows of a strip: its product with the keys fills the processors, within the budget."""
+    full = 128 * max(1, num_processors(left.device) // triton.cdiv(left.shape[1], 256))
+    allowed = max(128, budget // (itemsize * num_cols) // 128 * 128)
+    return min(full, allowed, triton.cdiv(len(left), 128) * 128)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

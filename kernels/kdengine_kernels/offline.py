@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdengine_kernels.similarity_attend import _attend_kernel
 from kdengine_kernels.similarity_gradient import _gradient_kernel
 from kdengine_kernels.similarity_statistics import _statistics_kernel
 from kdengine_kernels.tuning import TABLE, Config
@@ -30,6 +31,7 @@ WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 INT32 = {"labels", "col_labels", "flag"}
 SIZES = {"first_row", "end_row", "num_cols", "row_stride", "row_slot", "col_stride", "col_slot"}
+SIZES |= {"part_stride", "part_slot"}
 
 
 class Usage(NamedTuple):
@@ -56,6 +58,13 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
     """Each entry of the table with its kernel and flags, the rare repetitions included."""
     for (kind, itemsize), blocks in TABLE.items():
         for dtype in DTYPES[itemsize]:
+            if kind == "attend":
+                # float16 features are multiplied as float32
+                if dtype != "fp16":
+                    for exact in (False, True):
+                        name = kind + " (repeated)" * exact
+                        yield name, dtype, blocks, _attend_kernel, {"EXACT": exact}
+                continue
             if "statistics" in kind:
                 soft = kind.startswith("dual")
                 common = {"ROWS": True, "COLS": True, "SOFT_ROWS": soft, "SOFT_COLS": soft}
@@ -75,7 +84,8 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
 def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any:
     """Compile one kernel as its launcher would."""
     precision = "tf32x3" if dtype == "fp32" else "tf32"
-    constants = flags | {
+    constants = {
+        **flags,
         "WIDTH": WIDTH,
         "TEACHER_WIDTH": TEACHER_WIDTH,
         "TMA": True,
@@ -86,7 +96,8 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
         "PRECISION": precision,
         "TEACHER_PRECISION": precision,
     }
-    targets = flags["SOFT_ROWS"] and not flags["ROWS"]
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    targets = flags.get("SOFT_ROWS") and not flags["ROWS"]
     signature = {}
     for name in kernel.arg_names:
         if name in constants:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdengine_kernels.common import Matrix
+from kdengine_kernels.similarity_attend import attend as attend_rows
 from kdengine_kernels.similarity_strips import Direction, Pull, Wanted, gradients
 from kdengine_kernels.similarity_sweep import Side, sweep
 from kdengine_kernels.tuning import two_phase
@@ -38,7 +39,8 @@ def forward(
     soft_rows: bool,
     soft_cols: bool,
     means: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    attend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
     student, teachers = _matrices(query, key, scale, teacher_query, teacher_key, teacher_scale)
     num_rows, num_cols = len(query), len(key)
@@ -51,6 +53,10 @@ def forward(
     teacher_rows = new(len(teachers) if soft_rows else 0, 4, num_rows if soft_rows else 0)
     teacher_cols = new(len(teachers) if soft_cols else 0, 4, num_cols if soft_cols else 0)
     row_labels, col_labels = labels.int(), col_labels.int()
+    if attend:
+        attended = attend_rows(student, row_labels, row_stats, GRADIENT_BYTES)
+        attended = attended[:, : key.shape[1]].contiguous()
+        return row_stats, col_stats, teacher_rows, teacher_cols, attended
     # the student's own statistics come with the first sweep
     for k, teacher in enumerate(teachers if soft_rows or soft_cols else [None]):
         row_side = Side(
@@ -64,7 +70,7 @@ def forward(
             teacher_cols[k] if soft_cols else None,
         )
         sweep(student, teacher, row_side, col_side, STATISTICS_BYTES)
-    return row_stats, col_stats, teacher_rows, teacher_cols
+    return row_stats, col_stats, teacher_rows, teacher_cols, new(0, key.shape[1])
 
 
 def backward(

@@ -59,12 +59,17 @@ def _reduce(
 
 
 @triton.jit
-def _others(labels, col_labels, rows, cols, row_here, col_here):
-    """The cells of a tile that are not a row's positive, and those that are not a column's."""
-    here = row_here[:, None] & col_here[None, :]
+def _row_others(labels, rows, cols, row_here, col_here):
+    """The cells of a tile that are not their row's positive."""
     label = tl.load(labels + rows, mask=row_here, other=-1)
-    col_label = tl.load(col_labels + cols, mask=col_here, other=-1)
-    return here & (cols[None, :] != label[:, None]), here & (rows[:, None] != col_label[None, :])
+    return row_here[:, None] & col_here[None, :] & (cols[None, :] != label[:, None])
+
+
+@triton.jit
+def _col_others(col_labels, rows, cols, row_here, col_here):
+    """The cells of a tile that are not their column's positive."""
+    label = tl.load(col_labels + cols, mask=col_here, other=-1)
+    return row_here[:, None] & col_here[None, :] & (rows[:, None] != label[None, :])
 
 
 @triton.jit
@@ -132,13 +137,14 @@ def _statistics_kernel(
     row_out = row_parts + col_tile.to(tl.int64) * row_stride + rows - first_row
     col_out = col_parts + row_tile.to(tl.int64) * col_stride + cols
     if ROWS or COLS:
-        in_row, in_col = _others(labels, col_labels, rows, cols, row_here, col_here)
         e = shifted_exp(z, fixed_shift(s))
         if ROWS:
-            _reduce(row_out, row_slot, row_here, z, e, in_row, z, z, 1, MEANS, ONLINE)
+            inside = _row_others(labels, rows, cols, row_here, col_here)
+            _reduce(row_out, row_slot, row_here, z, e, inside, z, z, 1, MEANS, ONLINE)
             row_out += (2 + MEANS) * row_slot
         if COLS:
-            _reduce(col_out, col_slot, col_here, z, e, in_col, z, z, 0, MEANS, ONLINE)
+            inside = _col_others(col_labels, rows, cols, row_here, col_here)
+            _reduce(col_out, col_slot, col_here, z, e, inside, z, z, 0, MEANS, ONLINE)
             col_out += (2 + MEANS) * col_slot
     if SOFT_ROWS or SOFT_COLS:
         r = tl.load(teacher_scale).to(tl.float32)
@@ -156,13 +162,14 @@ def _statistics_kernel(
             TEACHER_PRECISION,
             TMA,
         )
-        # looked up again: masks that live through a product would take up registers
-        in_row, in_col = _others(labels, col_labels, rows, cols, row_here, col_here)
         q = shifted_exp(t, fixed_shift(r))
+        # looked up again: masks that live through a product would take up registers
         if SOFT_ROWS:
-            _reduce(row_out, row_slot, row_here, t, q, in_row, t - z, t, 1, 2, ONLINE)
+            inside = _row_others(labels, rows, cols, row_here, col_here)
+            _reduce(row_out, row_slot, row_here, t, q, inside, t - z, t, 1, 2, ONLINE)
         if SOFT_COLS:
-            _reduce(col_out, col_slot, col_here, t, q, in_col, t - z, t, 0, 2, ONLINE)
+            inside = _col_others(col_labels, rows, cols, row_here, col_here)
+            _reduce(col_out, col_slot, col_here, t, q, inside, t - z, t, 0, 2, ONLINE)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdengine_kernels.common import Matrix, has_tma, num_processors
+from kdengine_kernels.common import Matrix, add_product, has_tma, multiply, strip_height
 from kdengine_kernels.similarity_gradient import (
     _coefficients_kernel,
     _gradient_kernel,
@@ -128,23 +128,16 @@ def gradients(
         for fix in fixes:
             fix(own, strip)
         if wanted.query or wanted.scale:
-            pulled = _multiply(own, right).mul_(factor)
+            pulled = multiply(own, right).mul_(factor)
             if wanted.query:
                 grad_left[first : strip.end] = pulled
             if wanted.scale:
                 grad_scale += (pulled * left[first : strip.end]).sum()
         if wanted.key:
-            _add_product(grad_right, own.mT, left[first : strip.end])
+            add_product(grad_right, own.mT, left[first : strip.end])
     # with z = scale * cosine, sum_ij G_ij z_ij = sum_i <x_i, grad x_i>
     grad_scale = grad_scale / scale[0].float() if wanted.scale else grad_scale.new_empty(0)
     return grad_left, grad_right.mul_(factor), grad_scale
-
-
-def strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
-    """Rows of a strip: its product with the keys fills the processors, within the budget."""
-    full = 128 * max(1, num_processors(left.device) // triton.cdiv(left.shape[1], 256))
-    allowed = max(128, budget // (itemsize * num_cols) // 128 * 128)
-    return min(full, allowed, triton.cdiv(len(left), 128) * 128)
 
 
 def _fill_coefficients(pull: Pull, flag: Tensor) -> None:
@@ -300,18 +293,3 @@ def _fix(
         UNIT=strip.unit is not None,
         BLOCK=block,
     )
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in float32."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        total.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -67,8 +67,18 @@ class Sweep(NamedTuple):
                 yield out, matrix
 
 
-def sweep(student: Matrix, teacher: Matrix | None, rows: Side, cols: Side, budget: int) -> None:
-    """Fill the outputs of both sides; ``budget`` bounds the bytes of the partial sums."""
+def sweep(
+    student: Matrix,
+    teacher: Matrix | None,
+    rows: Side,
+    cols: Side,
+    budget: int,
+    flag: Tensor | None = None,
+) -> None:
+    """Fill the outputs of both sides; ``budget`` bounds the bytes of the partial sums.
+
+    With a ``flag`` the sweep is the repetition alone: where the flag is down it changes nothing.
+    """
     num_rows, num_cols = len(student.left), len(student.right)
     kind = "statistics" if teacher is None else "dual_statistics"
     blocks = config(kind, student.left.itemsize)
@@ -90,9 +100,9 @@ def sweep(student: Matrix, teacher: Matrix | None, rows: Side, cols: Side, budge
         new(rows.num_sums, num_col_tiles, height),
         new(cols.num_sums, height // blocks.rows, num_cols),
         new(cols.num_sums, num_cols),
-        torch.zeros(1, dtype=torch.int32, device=student.left.device),
+        torch.zeros(1, dtype=torch.int32, device=student.left.device) if flag is None else flag,
     )
-    for online in (False, True):
+    for online in (False, True) if flag is None else (True,):
         for first in range(0, num_rows, height):
             end = min(first + height, num_rows)
             num_row_tiles = triton.cdiv(end - first, blocks.rows)
@@ -100,6 +110,8 @@ def sweep(student: Matrix, teacher: Matrix | None, rows: Side, cols: Side, budge
             _combine(run, rows, run.row_parts, num_col_tiles, (first, end), online)
             ends = (first == 0, end == num_rows)
             _combine(run, cols, run.col_parts, num_row_tiles, (0, num_cols), online, *ends)
+    if flag is not None:
+        return
     for side, flip in ((rows, False), (cols, True)):
         for out, matrix in run.outputs(side):
             out[1] = positives(matrix, side.labels, flip=flip)

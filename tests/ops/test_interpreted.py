@@ -246,6 +246,42 @@ def test_each_gradient_alone(names: tuple[str, ...]) -> None:
         torch.testing.assert_close(x, true_x, rtol=1e-6, atol=1e-6)
 
 
+def statistics_of_rows(p: dict[str, Any], names: tuple[str, ...], **options: Any) -> list[Tensor]:
+    p = p | {name: p[name].detach().clone().requires_grad_() for name in names}
+    side, _ = similarity(**p, cols=False, **options)
+    weights = torch.linspace(0.3, 2, len(side.others), dtype=torch.float64)
+    mixed = weights * (side.others - 0.7 * side.positive).double()
+    total = mixed[side.others > -torch.inf].sum()
+    return [side.others, side.positive, *torch.autograd.grad(total, [p[name] for name in names])]
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 30], ids=["strips", "one strip"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kind", ["random", "one cell", "no survivor"])
+def test_rows_against_constant_keys_take_one_sweep(
+    kind: str, dtype: torch.dtype, budget: int, monkeypatch: Any
+) -> None:
+    p = raw_problem(*(1, 1) if kind == "one cell" else (200, 150))
+    if kind == "no survivor":
+        # cosines of -1 at scale 100, in the second strip alone
+        p["query"][128:] = -p["key"][:1]
+        p |= {"key": p["key"][:1].expand(150, 40).contiguous(), "scale": torch.tensor(100.0)}
+    p = {k: v for k, v in p.items() if not k.startswith("teacher")}
+    for name in ("query", "key"):
+        p[name] = p[name].to(dtype)
+    monkeypatch.setattr(kernels, "GRADIENT_BYTES", budget)
+    monkeypatch.setattr(kernels, "backward", None)
+    ours = statistics_of_rows(p, ("query", "scale"), backend="triton")
+    double = {k: v.double() if v.is_floating_point() else v for k, v in p.items()}
+    truth = statistics_of_rows(double, ("query", "scale"), backend="torch")
+    for x, true_x, tolerance in zip(ours, truth, [1e-6, 1e-6, 0, 0], strict=True):
+        tolerance = tolerance or TOLERANCE[dtype][1]
+        finite = true_x.isfinite()
+        assert torch.equal(x.isfinite(), finite)
+        size = true_x[finite].norm().clamp(min=p["scale"].double() / 10)
+        assert (x.double() - true_x)[finite].norm() <= 2 * tolerance * size, (x, true_x)
+
+
 @pytest.mark.parametrize("two_phase", [False, True], ids=["one phase", "two phases"])
 def test_strips_and_variants_change_nothing(monkeypatch: Any, two_phase: bool) -> None:
     p = single(raw_problem(300, 90), 1)

@@ -140,9 +140,10 @@ def op_inputs(dtype: torch.dtype) -> list:
 
 
 FLAGS = {
-    "everything": (True, True, True, True, True),
-    "hard rows": (True, False, False, False, False),
-    "soft columns": (True, True, False, True, False),
+    "everything": (True, True, True, True, True, False),
+    "hard rows": (True, False, False, False, False, False),
+    "attended": (True, False, False, False, False, True),
+    "soft columns": (True, True, False, True, False, False),
 }
 
 
@@ -155,7 +156,7 @@ def test_opcheck_of_the_forward(dtype: torch.dtype, flags: tuple[bool, ...]) -> 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
 def test_opcheck_of_the_backward(needs: tuple[bool, ...]) -> None:
     inputs = op_inputs(torch.float32)
-    statistics = [x.detach() for x in _forward(*inputs, *FLAGS["everything"], "auto")]
+    statistics = [x.detach() for x in _forward(*inputs, *FLAGS["everything"], "auto")][:4]
     grads = [torch.rand_like(x) for x in statistics]
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     torch.library.opcheck(_backward, (grads, *inputs, statistics, *needs, "auto"))
@@ -256,7 +257,7 @@ def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -
     x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
     with Largest() as largest:
-        stats = similarity_torch.forward(*args, True, True, True, True, True)
+        stats = similarity_torch.forward(*args, True, True, True, True, True, False)[:4]
         grads = [torch.ones_like(s) for s in stats]
         similarity_torch.backward(grads, *args, stats, True, True, True)
     assert largest.elements == rows * 32
@@ -298,3 +299,39 @@ def test_backend_without_its_device_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_auto_is_torch_on_cpu() -> None:
     assert _backend.choose("similarity", [torch.ones(1)], "auto") is similarity_torch
+
+
+def attended_and_not(monkeypatch: pytest.MonkeyPatch, p: dict, names: tuple[str, ...]) -> tuple:
+    """Rows against constant keys, and the same with keys whose gradient is then ignored."""
+    plain = {k: v for k, v in p.items() if not k.startswith("teacher")}
+    calls = []
+    real = similarity_torch.backward
+    monkeypatch.setattr(similarity_torch, "backward", lambda *args: calls.append(1) or real(*args))
+
+    def rows_only(q: dict) -> tuple:
+        return (similarity(**q, cols=False)[0],)
+
+    def run_with(learned: tuple[str, ...]) -> tuple:
+        q = plain | {name: plain[name].clone().requires_grad_() for name in learned}
+        (side,) = rows_only(q)
+        weights = torch.linspace(0.3, 2, len(side.others), dtype=side.others.dtype)
+        total = (weights * (side.others - 0.7 * side.positive))[side.others > -torch.inf].sum()
+        gradients = torch.autograd.grad(total, [q[name] for name in names])
+        return side.others, side.positive, *gradients
+
+    attended = run_with(names)
+    assert not calls
+    with_keys = run_with((*names, "key"))
+    assert calls
+    return attended, with_keys
+
+
+@pytest.mark.parametrize("names", [("query",), ("scale",), ("query", "scale")], ids="-".join)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_constant_keys_cost_two_products_and_change_nothing(
+    shape: tuple, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1})
+    attended, with_keys = attended_and_not(monkeypatch, problem(*shape), names)
+    for x, true_x in zip(attended, with_keys, strict=True):
+        assert_near(x, true_x, 1e-12)

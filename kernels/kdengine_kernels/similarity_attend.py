@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row softmax against constant keys in one sweep: statistics, and the keys' mean under it.
+
+    others_i = lse_{j != l} z_ij,   attended_i = sum_{j != l} exp(z_ij - others_i) key_j
+
+A softmax over rows alone can be normalised after its product with the keys. For each strip of C
+rows (and all columns) a kernel writes the exponentials, relative to the fixed shift of
+``similarity_statistics.py``; then come their sums, and a library product with the keys. Both are
+divided by the sums of the *rounded* exponentials, so that rounding a row's only large one costs
+nothing. Where a row underflows, a flag on the device makes the strip be written again, from exact
+log-sum-exps; those launches return at once otherwise.
+
+Work: two products in all, none in the backward. Memory: the strip, ``C M`` elements.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdengine_kernels.common import (
+    LOG2E,
+    Matrix,
+    fixed_shift,
+    has_tma,
+    multiply,
+    shifted_exp,
+    strip_height,
+    tile_numbers,
+    tile_product,
+)
+from kdengine_kernels.similarity_statistics import _combine_kernel
+from kdengine_kernels.similarity_sweep import Side, positives, sweep
+from kdengine_kernels.tuning import Config, config
+
+
+@triton.jit
+def _attend_kernel(
+    query,
+    key,
+    scale,
+    labels,
+    lse,
+    out,
+    parts,
+    flag,
+    first_row,
+    end_row,
+    num_cols,
+    part_stride,
+    part_slot,
+    WIDTH: tl.constexpr,
+    EXACT: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out`` = rounded exponentials without positives; parts[1], [2] = their sums, exact, rounded.
+
+    With EXACT they are relative to ``lse`` and parts are left alone.
+    """
+    if (tl.load(flag) != 0) != EXACT:
+        return
+    num_row_tiles = tl.cdiv(end_row - first_row, BLOCK_ROWS)
+    num_col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
+    row_tile, col_tile = tile_numbers(num_row_tiles, num_col_tiles, GROUP)
+    row0 = first_row + row_tile * BLOCK_ROWS
+    col0 = col_tile * BLOCK_COLS
+    s = tl.load(scale).to(tl.float32)
+    z = s * tile_product(
+        query,
+        key,
+        row0,
+        col0,
+        end_row,
+        num_cols,
+        WIDTH,
+        BLOCK_ROWS,
+        BLOCK_COLS,
+        BLOCK_K,
+        PRECISION,
+        TMA,
+    )
+    rows = row0 + tl.arange(0, BLOCK_ROWS)
+    cols = col0 + tl.arange(0, BLOCK_COLS)
+    row_here = rows < end_row
+    here = row_here[:, None] & (cols < num_cols)[None, :]
+    label = tl.load(labels + rows, mask=row_here, other=-1)
+    inside = here & (cols[None, :] != label[:, None])
+    if EXACT:
+        a = tl.load(lse + rows, mask=row_here, other=0.0)
+        e = tl.exp2((z - tl.where(a == float("-inf"), 0.0, a)[:, None]) * LOG2E)
+    else:
+        e = shifted_exp(z, fixed_shift(s))
+    e = tl.where(inside, e, 0.0)
+    rounded = e.to(out.dtype.element_ty)
+    local = rows - first_row
+    tl.store(out + (local.to(tl.int64) * num_cols)[:, None] + cols[None, :], rounded, mask=here)
+    if not EXACT:
+        at = parts + col_tile.to(tl.int64) * part_stride + local
+        tl.store(at + part_slot, tl.sum(e, 1), mask=row_here)
+        tl.store(at + 2 * part_slot, tl.sum(rounded.to(tl.float32), 1), mask=row_here)
+
+
+def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor:
+    """Fill ``stats`` (2, B) with others and positives of the rows; returns attended (B, D).
+
+    Args:
+        matrix: with constant keys.
+        labels: (B,) int32.
+        stats: float32.
+        budget: bytes for the strip.
+    """
+    if matrix.left.dtype == torch.float16:
+        # exponentials leave its range
+        matrix = Matrix(matrix.left.float(), matrix.right.float(), matrix.scale)
+    left, right, scale = matrix
+    num_rows, num_cols = len(left), len(right)
+    blocks = config("attend", left.itemsize)
+    height = strip_height(left, num_cols, left.itemsize, budget)
+    num_col_tiles = triton.cdiv(num_cols, blocks.cols)
+    strip = left.new_empty(height, num_cols)
+    parts = left.new_empty(3, num_col_tiles, height, dtype=torch.float32)
+    found = left.new_empty(3, num_rows, dtype=torch.float32)
+    attended = left.new_empty(left.shape, dtype=torch.float32)
+    num_strips = triton.cdiv(num_rows, height)
+    flags = torch.zeros(num_strips, dtype=torch.int32, device=left.device)
+    shift = (scale.float() - 60).clamp(min=0)
+    for i, first in enumerate(range(0, num_rows, height)):
+        end, flag = min(first + height, num_rows), flags[i : i + 1]
+        part = slice(first, end)
+        write = functools.partial(
+            _write, matrix, labels, found[0], strip, parts, flag, first, end, blocks
+        )
+        write(exact=False)
+        _combine(found[:, part], parts, scale, flag)
+        own = Matrix(left[part], right, scale)
+        row_side = Side(labels[part], found[:2, part], None)
+        sweep(own, None, row_side, Side(labels, None, None), budget, flag)
+        write(exact=True)
+        # the sum of what was written: 1 for the exact strip, 0 where there is nothing
+        total = found[2, part] * torch.exp(found[0, part] - shift)
+        divisor = torch.where((flag != 0) | (total == 0), 1.0, total)
+        attended[part] = multiply(strip[: end - first], right) / divisor[:, None]
+    stats[0] = found[0]
+    stats[1] = positives(matrix, labels, flip=False)
+    return attended
+
+
+def _write(
+    matrix: Matrix,
+    labels: Tensor,
+    lse: Tensor,
+    strip: Tensor,
+    parts: Tensor,
+    flag: Tensor,
+    first: int,
+    end: int,
+    blocks: Config,
+    *,
+    exact: bool,
+) -> None:
+    num_cols = len(matrix.right)
+    num_tiles = triton.cdiv(end - first, blocks.rows) * triton.cdiv(num_cols, blocks.cols)
+    _attend_kernel[(num_tiles,)](
+        *matrix.operands(blocks),
+        labels,
+        lse,
+        strip,
+        parts,
+        flag,
+        first,
+        end,
+        num_cols,
+        parts.stride(1),
+        parts.stride(0),
+        WIDTH=matrix.left.shape[1],
+        EXACT=exact,
+        TMA=has_tma(strip.device),
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_COLS=blocks.cols,
+        BLOCK_K=blocks.k,
+        GROUP=blocks.group,
+        PRECISION=matrix.precision,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def _combine(found: Tensor, parts: Tensor, scale: Tensor, flag: Tensor) -> None:
+    """found[0] = log-sum-exp, found[2] = sum of rounded exponentials over that of exact ones."""
+    num_items, block = found.shape[1], 64
+    _combine_kernel[(triton.cdiv(num_items, block),)](
+        parts,
+        parts,
+        found,
+        scale,
+        flag,
+        parts.shape[1],
+        num_items,
+        parts.stride(0),
+        parts.stride(1),
+        0,
+        found.stride(0),
+        NUM_WEIGHTED=1,
+        FIRST=True,
+        LAST=True,
+        ONLINE=False,
+        BLOCK_PARTS=32,
+        BLOCK=block,
+    )
