@@ -55,7 +55,14 @@ def start_ranks(config: RunConfig) -> Ranks:
     # optional shared-memory collectives of CPU ranks; building them takes longer than they save
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=config.run.timeout_minutes)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RuntimeError(
+            f"ranks: rank {os.environ['RANK']} cannot meet the others at {place} ({error}); where "
+            "another run on this machine has the port, give deepspeed --master_port another"
+        ) from error
     me = ranks.current()
     if me.device.type == "cuda":
         torch.cuda.set_device(me.device)

@@ -9,6 +9,7 @@ request here, and the training loop tells all ranks in its next step.
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -29,9 +30,15 @@ def leave_on_signal() -> None:
         signal.signal(number, _leave_now)
 
 
+def ignore_signals() -> None:
+    """This process is leaving anyway; a launcher that hurries it is no news."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _leave_now(number: int, frame: FrameType | None) -> None:
     # not by an exception: this may come in the middle of an import
-    os.write(2, f"asked to stop by {signal.Signals(number).name}: nothing to save\n".encode())
+    os.write(2, f"asked to stop ({signal.Signals(number).name}): nothing to save\n".encode())
     os._exit(EXIT_STOPPED)
 
 
@@ -85,6 +92,7 @@ class Stop:
     def _leave(self) -> None:
         if not self._leaving:
             self._leaving = True
+            print(f"asked to stop ({self.reason}): nothing to save", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_STOPPED)
 
     def _watch(self, launchers: list[psutil.Process]) -> None:

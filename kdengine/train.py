@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 # torch and what stands on it take seconds to import; signals and mistyped options do not wait
 from kdengine import arguments, errors
-from kdengine.stop import Stop, leave_on_signal
+from kdengine.stop import Stop, ignore_signals, leave_on_signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +62,7 @@ def command(argv: Sequence[str] | None = None) -> int:
             raise
         from kdengine import ranks
 
+        ignore_signals()
         ranks.tell(error)
         return errors.EXIT_REFUSED
 

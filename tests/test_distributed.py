@@ -61,6 +61,12 @@ def cluster_problem(world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return unit(rows, WIDTH), unit(num_clusters, WIDTH), labels
 
 
+def gd_teacher(world_size: int) -> list[Tensor]:
+    torch.manual_seed(3)
+    query, *_ = whole("pairs", world_size)
+    return [unit(*query.shape), unit(*query.shape)]
+
+
 def part(x: Tensor, rank: int, world_size: int) -> Tensor:
     return x.tensor_split(world_size)[rank]
 
@@ -112,6 +118,12 @@ def rank_everything(rank: int, world_size: int) -> dict:
     options = {"margin": 0.3, "keys": "sharded", "group": group}
     loss = losses.cluster_cross_entropy(*learned, own_labels, **options)
     found["cluster"] = [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+    learned = [x.clone().requires_grad_() for x in (image, text)]
+    learned.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
+    teacher = [part(x, rank, world_size) for x in gd_teacher(world_size)]
+    loss = losses.gradient(*learned, *teacher, 20.0, group=group)
+    found["gradient"] = [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     low = [x.bfloat16().requires_grad_() for x in (image, text)]
     loss = losses.info_nce(*low, SCALE, group=group)
@@ -234,6 +246,21 @@ def test_margin_over_sharded_clusters_equals_the_oracle(ranks, world_size: int) 
     near(torch.cat(images) / world_size, true_image)
     near(torch.cat(centroids), true_centroids)
     near(torch.stack(scales).mean(), true_scale)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_gradient_distillation_over_ranks_equals_the_oracle(ranks, world_size: int) -> None:
+    found = [result["gradient"] for result in ranks(world_size)]
+    image, text, _ = whole("pairs", world_size)
+    leaves = [image.requires_grad_(), text.requires_grad_()]
+    leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
+    loss = reference.gradient(*leaves, *gd_teacher(world_size), 20.0)
+    truth = torch.autograd.grad(loss, leaves)
+    losses_, images, texts, scales = zip(*found, strict=True)
+    near(torch.stack(losses_).mean(), loss.detach())
+    near(torch.cat(images) / world_size, truth[0])
+    near(torch.cat(texts) / world_size, truth[1])
+    near(torch.stack(scales).mean(0), truth[2])
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -168,3 +168,15 @@ def test_teacher_that_learns_is_refused() -> None:
     loss = kdengine.DistillClipLoss()
     with pytest.raises(ValueError, match="teacher_key is a constant"):
         loss(data["image"], data["text"], 14.3, data["dist_image"], data["dist_text"], 60.0)
+
+
+def test_a_missing_teacher_is_refused() -> None:
+    x = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    with pytest.raises(TypeError, match="None came; use ClipLoss to train without one"):
+        kdengine.DistillClipLoss()(x, x, 10.0, None, None, None)
+
+
+def test_unpaired_features_are_refused() -> None:
+    x = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    with pytest.raises(ValueError, match="ClipLoss: .* pairs; 4 and 3 rows came"):
+        kdengine.ClipLoss()(x, x[:3], 10.0)

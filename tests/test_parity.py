@@ -43,6 +43,11 @@ ARGUMENTS = {
         (unit(n, d), unit(n, d)),
         {},
     ),
+    "gradient": lambda n, k, d, e: (
+        (unit(n, d), unit(n, d), scale(9.0)),
+        (unit(n, d), unit(n, d), 30.0),
+        {},
+    ),
     "feature": lambda n, k, d, e: (
         (torch.randn(n, d).double(),),
         (torch.randn(n, d).double(),),

@@ -115,9 +115,14 @@ def check(path: Path, config: RunConfig, ranks: Ranks, identity: Mapping[str, An
     there = meta["identity"]
     for name, what in IDENTITY.items():
         if there[name] != identity[name]:
+            told = f": {there[name]} became {identity[name]}" if name == "num_samples" else ""
+            if name == "engine":
+                keys = there[name].keys() | identity[name].keys()
+                names = sorted(k for k in keys if there[name].get(k) != identity[name].get(k))
+                told = f" ({', '.join(names)})"
             raise ValueError(
-                f"resume: {what} changed since {path}: it was {there[name]}, is {identity[name]}; "
-                "give the same, or start a new run with another --run.name"
+                f"resume: {what} changed since {path}{told}; give the same, or start a new run "
+                "with another --run.name"
             )
     return notes
 

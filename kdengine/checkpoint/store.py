@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kdengine
@@ -20,6 +21,7 @@ from kdengine.checkpoint.folder import (
     META,
     PARTIAL,
     STUDENT,
+    checkpoints,
     find,
     point,
     prune,
@@ -97,13 +99,25 @@ def load(engine: Any, path: Path, *, ranks: Ranks, loader: Any) -> State:
 
     Nothing may draw random numbers between this call and the first step.
     """
-    loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
+    try:
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
+        own = torch.load(path / f"rank_{ranks.rank:05d}.pt", weights_only=True)
+    except Exception as error:
+        raise damaged(path, error) from error
     if loaded is None:
         raise RuntimeError(f"resume: DeepSpeed found nothing to load in {path / ENGINE}")
-    own = torch.load(path / f"rank_{ranks.rank:05d}.pt", weights_only=True)
     loader.load_state_dict(own["loader"])
     set_random_state(own["random"])
     return State(**read_meta(path)["state"])
+
+
+def damaged(path: Path, error: Exception) -> RuntimeError:
+    """The error of a checkpoint that was complete when written and cannot be read."""
+    others = [str(p) for p in checkpoints(path.parents[1]) if p != path]
+    return RuntimeError(
+        f"checkpoint: {path} cannot be read ({type(error).__name__}: {error}); "
+        + (f"use an older one: {', '.join(others)}" if others else "there is no other one")
+    )
 
 
 def export_run(
@@ -132,4 +146,8 @@ def export_run(
     meta = read_meta(path)
     spec = TowerSpec.from_dict(meta["student"])
     notes = {"step": meta["state"]["step"], "samples_seen": meta["state"]["samples_seen"]}
-    return export_student(load_file(path / STUDENT), spec, out, force=force, notes=notes)
+    try:
+        weights = load_file(path / STUDENT)
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    return export_student(weights, spec, out, force=force, notes=notes)

@@ -2,6 +2,7 @@
 """Losses on feature tensors: pure functions with ``group=`` and ``backend=``, and two modules."""
 
 from kdengine.losses.clip import ClipLoss, DistillClipLoss
+from kdengine.losses.gradients import gradient
 from kdengine.losses.named import (
     cluster_cross_entropy,
     cluster_kl,
@@ -26,6 +27,7 @@ __all__ = [
     "cluster_kl",
     "contrastive_relational",
     "feature",
+    "gradient",
     "info_nce",
     "interactive_contrastive",
     "logit_kl",

@@ -30,7 +30,8 @@ class ClipLoss(nn.Module):
 
     Returns: 0-D float32 (float64 for float64 features), nats, or ``{"contrastive_loss": loss}``.
     Gradients: features and scale; a bias shifts all logits alike, so its gradient is 0.
-    Raises: ValueError for settings that are biased, RuntimeError without a process group.
+    Raises: ValueError for settings that are biased and for unequal numbers of rows, RuntimeError
+    without a process group.
     Source: open_clip 3.3.0 ``loss.py``.
     """
 
@@ -85,7 +86,17 @@ class ClipLoss(nn.Module):
         scale: Tensor | float,
         teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
     ) -> SimilarityTerms:
-        group = self._group()
+        who, group = type(self).__name__, self._group()
+        if len(image) != len(text):
+            raise ValueError(
+                f"{who}: image and text features come in pairs; {len(image)} and {len(text)} rows "
+                "came"
+            )
+        if teacher is not None and any(x is None for x in teacher):
+            raise TypeError(
+                f"{who}: dist_image_features, dist_text_features and dist_logit_scale are the "
+                "teacher's; None came; use ClipLoss to train without one"
+            )
         if group is not None and not self.local_loss:
             if isinstance(scale, Tensor):
                 scale = distributed.average_gradient(scale, group)

@@ -2,6 +2,7 @@
 """Custom ops: schema, autograd and the choice of a backend; no process groups, no config."""
 
 from kdengine.ops.feature import feature
+from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
 
-__all__ = ["Statistics", "feature", "similarity"]
+__all__ = ["Statistics", "feature", "gradient", "similarity"]

@@ -20,6 +20,8 @@ BACKENDS = ("auto", "cuda", "triton", "torch")
 MODULES = {
     ("similarity", "torch"): "kdengine.ops.similarity_torch",
     ("similarity", "triton"): "kdengine_kernels.similarity",
+    ("gradient", "torch"): "kdengine.ops.gradient_torch",
+    ("gradient", "triton"): "kdengine_kernels.gradient",
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
 }

@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdengine_kernels.gradient import _pulls_kernel
 from kdengine_kernels.similarity_attend import _attend_kernel
 from kdengine_kernels.similarity_gradient import _gradient_kernel
 from kdengine_kernels.similarity_statistics import _statistics_kernel
@@ -58,8 +59,12 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
     """Each entry of the table with its kernel and flags, the rare repetitions included."""
     for (kind, itemsize), blocks in TABLE.items():
         for dtype in DTYPES[itemsize]:
+            if kind == "pulls":
+                if dtype != "fp16":
+                    yield kind, dtype, blocks, _pulls_kernel, {}
+                continue
             if kind == "attend":
-                # float16 features are multiplied as float32
+                # here as there, float16 features are multiplied as float32
                 if dtype != "fp16":
                     for exact in (False, True):
                         name = kind + " (repeated)" * exact
@@ -88,6 +93,7 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
         **flags,
         "WIDTH": WIDTH,
         "TEACHER_WIDTH": TEACHER_WIDTH,
+        "WIDE": 2 * WIDTH,
         "TMA": True,
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_COLS": blocks.cols,
@@ -108,7 +114,7 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
             signature[name] = f"tensordesc<{dtype}[{blocks.rows}, {blocks.k}]>"
         elif name.endswith("key"):
             signature[name] = f"tensordesc<{dtype}[{blocks.cols}, {blocks.k}]>"
-        elif name == "out" and not targets:
+        elif name in ("out", "g_out", "a_out") and not targets:
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "*i32" if name in INT32 else "*fp32"

@@ -23,6 +23,7 @@ class Config(NamedTuple):
 # by kernel and bytes of an operand's element:
 #   statistics, dual_statistics   the sweep without and with a teacher
 #   attend                        exponentials of rows, for a product with constant keys
+#   pulls                         both strips of the op gradient
 #   gradient, dual_gradient       the strip without and with a teacher in it
 #   targets, residual_gradient    the teacher's part alone, and the student added to it
 # the same with "_exact" are what a raised flag asks for: rare, so safe rather than fast
@@ -33,6 +34,8 @@ TABLE = {
     ("dual_statistics", 4): Config(64, 64, 32, 8, 3),
     ("attend", 2): Config(64, 256, 64, 8, 3),
     ("attend", 4): Config(64, 128, 32, 8, 3),
+    ("pulls", 2): Config(64, 128, 64, 8, 3),
+    ("pulls", 4): Config(64, 64, 32, 8, 3),
     ("gradient", 2): Config(128, 256, 64, 8, 3),
     ("gradient", 4): Config(64, 128, 32, 8, 3),
     ("gradient_exact", 2): Config(64, 256, 64, 8, 3),

@@ -102,7 +102,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     ("changed", "ranks", "samples", "message"),
     [
         ({}, 2, 96, r"written by 2 ranks, this run has 1.*--model.pretrained"),
-        ({}, 1, 90, "number of training samples changed.*it was 90, is 96"),
+        ({}, 1, 90, "number of training samples changed.*: 90 became 96"),
         ({"train": Train(steps=9, batch_size=8)}, 1, 96, "train.batch_size was 8, is 128"),
         ({"optim": Optim(lr=0.5)}, 1, 96, "optim.lr was 0.5, is 0.001"),
         ({"model": Model(model="RN50")}, 1, 96, "model.model was 'RN50', is 'ViT-T-16'"),
@@ -191,3 +191,18 @@ def test_kill_while_saving_leaves_the_previous_checkpoint(
 def test_export_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="saved at least once"):
         checkpoint.export_run(tmp_path, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named_with_an_older_one(train_here, words, tmp_path: Path) -> None:
+    line = words("a", run__save_every_n_steps=2)
+    assert train_here(line)[0][0] == 0
+    run = tmp_path / "runs" / "a"
+    *_, older, newest = checkpoint.checkpoints(run)
+    for name in ("student.safetensors", "rank_00000.pt"):
+        data = (newest / name).read_bytes()
+        (newest / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(RuntimeError, match=f"{newest.name} cannot be read.*{older.name}"):
+        checkpoint.export_run(run, tmp_path / "out")
+    ((code, error),) = train_here([*line, "--resume", "latest"])
+    assert code is None
+    assert f"{newest.name} cannot be read" in error and older.name in error

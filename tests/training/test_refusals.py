@@ -88,3 +88,18 @@ def test_a_signal_during_the_imports_is_answered(repository, words, tmp_path, nu
     assert process.returncode == EXIT_STOPPED, told
     assert signal.Signals(number).name in told and "Traceback" not in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_taken_port_is_named_with_the_option_for_another(python, repository, words) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        paths = os.pathsep.join([str(repository), str(repository / "kernels")])
+        done = python(
+            [str(repository / "kdengine" / "train.py"), *words("a")],
+            env={**os.environ, **place, **rank, "PYTHONPATH": paths},
+        )
+    assert done.returncode == EXIT_REFUSED, done.stdout + done.stderr
+    assert "--master_port" in complaint(done.stderr)

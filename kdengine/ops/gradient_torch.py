@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``torch`` backend of ``gradient``: strips of rows, on any device."""
+
+import torch
+from torch import Tensor
+
+from kdengine.ops.similarity_torch import Product, cut
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    pulls: tuple[Tensor, Tensor],
+    left: Tensor,
+    right: Tensor,
+    half: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products of G and dA, see ``kdengine.ops.gradient``.
+
+    Args:
+        query: x (N, D).
+        key: y (N, D).
+        scale: 0-D.
+        pulls: of rows and of columns, (4, N): log-sum-exp, mean of H, diagonals of G and dA, of
+            which the diagonals of both add up.
+        left: u (N, D).
+        right: r (N, D).
+        half: factor of H = half (u y^T + x r^T).
+
+    Returns: G r, dA y, G^T u, dA^T x.
+    """
+    rows, cols = pulls
+    logits = Product(query, key, scale, rows.dtype)
+    x, y, u, r = (v.to(rows.dtype) for v in (query, key, left, right))
+    wide_left, wide_right = torch.cat([u, x], 1), torch.cat([y, r], 1)
+    strips, z = cut(logits)
+    h, p = torch.empty_like(z), torch.empty_like(z)
+    g_r, a_y, g_u, a_x = (torch.zeros_like(v) for v in (x, y, y, y))
+    for strip in strips:
+        count = strip.stop - strip.start
+        here = slice(count)
+        number = torch.arange(count, device=z.device)
+        diagonal = number, number + strip.start
+        own = rows[:, strip, None]
+        logits.strip(strip, z)
+        torch.mm(wide_left[strip], wide_right.mT, out=h[here]).mul_(half)
+        row_p = torch.sub(z[here], own[0], out=p[here]).exp_()
+        col_p = z[here].sub_(cols[0]).exp_()
+        # dA = 1/2 P (H - row mean) + 1/2 Q (H - column mean)
+        a = row_p * (h[here] - own[1])
+        a.addcmul_(col_p, h[here].sub_(cols[1])).div_(2)
+        g = row_p.add_(col_p).div_(2)
+        g[diagonal] = rows[2, strip] + cols[2, strip]
+        a[diagonal] = rows[3, strip] + cols[3, strip]
+        g_r[strip], a_y[strip] = g @ r, a @ y
+        g_u.addmm_(g.mT, u[strip])
+        a_x.addmm_(a.mT, x[strip])
+    return g_r, a_y, g_u, a_x
