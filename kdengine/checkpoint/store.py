@@ -34,6 +34,7 @@ from kdengine.checkpoint.masters import student_weights
 from kdengine.checkpoint.state import State, random_state, set_random_state
 from kdengine.config import RunConfig, to_dict
 from kdengine.models import TowerSpec, export_student
+from kdengine.models.export import run_label
 from kdengine.ranks import Ranks
 
 
@@ -145,7 +146,11 @@ def export_run(
         )
     meta = read_meta(path)
     spec = TowerSpec.from_dict(meta["student"])
-    notes = {"step": meta["state"]["step"], "samples_seen": meta["state"]["samples_seen"]}
+    notes = {
+        "run": run_label(path.resolve().parents[1]),
+        "step": meta["state"]["step"],
+        "samples_seen": meta["state"]["samples_seen"],
+    }
     try:
         weights = load_file(path / STUDENT)
     except SafetensorError as error:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Custom ops: schema, autograd and the choice of a backend; no process groups, no config."""
 
+from kdengine.ops._backend import set_workspace
 from kdengine.ops.feature import feature
 from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
 
-__all__ = ["Statistics", "feature", "gradient", "similarity"]
+__all__ = ["Statistics", "feature", "gradient", "set_workspace", "similarity"]

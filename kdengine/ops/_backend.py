@@ -25,6 +25,9 @@ MODULES = {
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
 }
+# bytes of the strips and partial sums of one call: on a CPU what its cache holds, on a GPU enough
+# to fill it
+WORKSPACE = {"cpu": 32 << 20, "cuda": 640 << 20}
 logger = logging.getLogger("kdengine")
 
 
@@ -48,6 +51,26 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
     if requested == "auto":
         _log_once(op, name, device)
     return importlib.import_module(MODULES[op, name])
+
+
+def set_workspace(num_bytes: int) -> None:
+    """Bound the workspace of the ops from now on, in this process, on every device.
+
+    Results, saved statistics and the float32 sum of the keys' gradient come on top. Less workspace
+    costs time: strips become too low to fill a GPU. Default: 640 MiB on a GPU, 32 MiB on a CPU.
+
+    Raises: ValueError for less than 1 MiB.
+    """
+    if num_bytes < 1 << 20:
+        raise ValueError(
+            f"set_workspace: expected at least 1 MiB (1048576 bytes); {num_bytes} came"
+        )
+    WORKSPACE.update(dict.fromkeys(WORKSPACE, num_bytes))
+
+
+def workspace(x: Tensor) -> int:
+    """Bytes that an op may use beside inputs and results, on the device of ``x``."""
+    return WORKSPACE["cuda" if x.is_cuda else "cpu"]
 
 
 def check_name(op: str, requested: str) -> None:

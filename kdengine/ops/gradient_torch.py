@@ -15,6 +15,7 @@ def backward(
     left: Tensor,
     right: Tensor,
     half: float,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Products of G and dA, see ``kdengine.ops.gradient``.
 
@@ -27,6 +28,7 @@ def backward(
         left: u (N, D).
         right: r (N, D).
         half: factor of H = half (u y^T + x r^T).
+        budget: bytes of the strips.
 
     Returns: G r, dA y, G^T u, dA^T x.
     """
@@ -34,7 +36,7 @@ def backward(
     logits = Product(query, key, scale, rows.dtype)
     x, y, u, r = (v.to(rows.dtype) for v in (query, key, left, right))
     wide_left, wide_right = torch.cat([u, x], 1), torch.cat([y, r], 1)
-    strips, z = cut(logits)
+    strips, z = cut(logits, budget)
     h, p = torch.empty_like(z), torch.empty_like(z)
     g_r, a_y, g_u, a_x = (torch.zeros_like(v) for v in (x, y, y, y))
     for strip in strips:

@@ -69,7 +69,8 @@ def similarity(
     Returns: ``Statistics`` in nats, float64 if any feature is, else float32. ``mean`` holds
     numbers only with ``means=True``, the teachers' fields only on soft sides.
     Gradients: query, key and scale, in their dtypes; no second derivatives.
-    Memory: O(B + M) results, O(M) strips of workspace, and float32 copies of low precision inputs.
+    Memory: O(B + M) results, a bounded workspace (``set_workspace``); on the ``torch`` backend also
+    float32 copies of low precision inputs.
     Raises: RuntimeError for a backend that cannot run, and under ``create_graph=True``.
     """
     _backend.check_name("similarity", backend)
@@ -151,6 +152,7 @@ def _forward(
             soft_cols,
             means,
             attend,
+            _backend.workspace(query),
         )
 
 
@@ -224,6 +226,7 @@ def _backward(
             need_query,
             need_key,
             need_scale,
+            _backend.workspace(query),
         )
 
 

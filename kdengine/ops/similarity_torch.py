@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kdengine.ops._backend import statistics_dtype
 
-# one buffer of a strip, and its most rows: tall enough for fast products and few calls; on a CPU
-# small enough for its cache, on a GPU large enough to fill it
-STRIP_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# strips in the workspace at a time
+NUM_BUFFERS = 4
+# tall enough for fast products and few calls, not taller
 MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, {"cpu": 512, "cuda": 8192}
 
 
@@ -136,11 +136,11 @@ def products(
     return [Product(query, key, scale, dtype), *(Product(u, v, r, dtype) for u, v, r in teachers)]
 
 
-def cut(student: Product) -> tuple[list[slice], Tensor]:
-    """Strips of about STRIP_BYTES, and a buffer that holds the tallest."""
+def cut(student: Product, budget: int) -> tuple[list[slice], Tensor]:
+    """Strips of which NUM_BUFFERS fit the budget, and a buffer that holds the tallest."""
     num_rows, num_cols = len(student.left), len(student.right)
     kind = "cuda" if student.left.is_cuda else "cpu"
-    height = STRIP_BYTES[kind] // (num_cols * student.left.itemsize)
+    height = budget // NUM_BUFFERS // (num_cols * student.left.itemsize)
     height = min(max(MIN_STRIP_ROWS, min(height, MAX_STRIP_ROWS[kind])), num_rows)
     strips = [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
     return strips, student.left.new_empty(height, num_cols)
@@ -161,6 +161,7 @@ def forward(
     soft_cols: bool,
     means: bool,
     attend: bool,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
     student, *teachers = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
@@ -168,7 +169,7 @@ def forward(
     hard = [row_side] * on_rows + [col_side] * on_cols
     soft = [row_side] * soft_rows + [col_side] * soft_cols
     teachers = teachers if soft else []
-    strips, z = cut(student)
+    strips, z = cut(student, budget)
     work = torch.empty_like(z)
     temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
@@ -228,6 +229,7 @@ def backward(
     need_query: bool,
     need_key: bool,
     need_scale: bool,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; one that is not needed is empty."""
     sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
@@ -238,7 +240,7 @@ def backward(
     need_left = need_query or need_scale
     left = torch.empty_like(student.left if need_left else student.left[:0])
     right = torch.zeros_like(student.right if need_key else student.right[:0])
-    strips, z = cut(student)
+    strips, z = cut(student, budget)
     g, work = torch.empty_like(z), torch.empty_like(z)
     grad_scale = left.new_zeros(() if need_scale else (0,))
     for strip in strips:

@@ -25,8 +25,6 @@ from kdengine_kernels.common import (
 )
 from kdengine_kernels.tuning import config
 
-STRIP_BYTES = 640 << 20
-
 
 @triton.jit
 def _pulls_kernel(
@@ -115,6 +113,7 @@ def backward(
     left: Tensor,
     right: Tensor,
     half: float,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Products of G and dA, float32: G r, dA y, G^T u, dA^T x; see the ``torch`` backend."""
     width = query.shape[1]
@@ -127,7 +126,7 @@ def backward(
     rows, cols = pulls
     diagonals = (rows[2:] + cols[2:]).contiguous()
     num_rows = len(x)
-    height = strip_height(x, num_rows, 2 * x.itemsize, STRIP_BYTES)
+    height = strip_height(x, num_rows, 2 * x.itemsize, budget)
     blocks = config("pulls", x.itemsize)
     g, a = (x.new_empty(height, num_rows) for _ in range(2))
     g_r, a_y = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))

@@ -21,9 +21,6 @@ from kdengine_kernels.similarity_strips import Direction, Pull, Wanted, gradient
 from kdengine_kernels.similarity_sweep import Side, sweep
 from kdengine_kernels.tuning import two_phase
 
-# workspaces of the partial sums and of the gradient strips
-STATISTICS_BYTES, GRADIENT_BYTES = 256 << 20, 640 << 20
-
 
 def forward(
     query: Tensor,
@@ -40,6 +37,7 @@ def forward(
     soft_cols: bool,
     means: bool,
     attend: bool,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
     student, teachers = _matrices(query, key, scale, teacher_query, teacher_key, teacher_scale)
@@ -54,7 +52,7 @@ def forward(
     teacher_cols = new(len(teachers) if soft_cols else 0, 4, num_cols if soft_cols else 0)
     row_labels, col_labels = labels.int(), col_labels.int()
     if attend:
-        attended = attend_rows(student, row_labels, row_stats, GRADIENT_BYTES)
+        attended = attend_rows(student, row_labels, row_stats, budget)
         attended = attended[:, : key.shape[1]].contiguous()
         return row_stats, col_stats, teacher_rows, teacher_cols, attended
     # the student's own statistics come with the first sweep
@@ -69,7 +67,7 @@ def forward(
             col_stats if on_cols and k == 0 else None,
             teacher_cols[k] if soft_cols else None,
         )
-        sweep(student, teacher, row_side, col_side, STATISTICS_BYTES)
+        sweep(student, teacher, row_side, col_side, budget)
     return row_stats, col_stats, teacher_rows, teacher_cols, new(0, key.shape[1])
 
 
@@ -87,6 +85,7 @@ def backward(
     need_query: bool,
     need_key: bool,
     need_scale: bool,
+    budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; one that is not needed is empty."""
     matrices = _matrices(query, key, scale, teacher_query, teacher_key, teacher_scale)
@@ -110,7 +109,7 @@ def backward(
         col_labels.int(),
         Wanted(need_query, need_key, need_scale),
         two_phase=two_phase(query.shape[1], len(pulls)),
-        budget=GRADIENT_BYTES,
+        budget=budget,
     )
     # without the columns that fill a width up
     return (

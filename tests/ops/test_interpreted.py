@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import losses, reference
-from kdengine.ops import similarity
+from kdengine.ops import _backend, similarity
 from kdengine_kernels import similarity as kernels
 from kdengine_kernels import tuning
 
@@ -269,7 +269,7 @@ def test_rows_against_constant_keys_take_one_sweep(
     p = {k: v for k, v in p.items() if not k.startswith("teacher")}
     for name in ("query", "key"):
         p[name] = p[name].to(dtype)
-    monkeypatch.setattr(kernels, "GRADIENT_BYTES", budget)
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", budget)
     monkeypatch.setattr(kernels, "backward", None)
     ours = statistics_of_rows(p, ("query", "scale"), backend="triton")
     double = {k: v.double() if v.is_floating_point() else v for k, v in p.items()}
@@ -287,8 +287,7 @@ def test_strips_and_variants_change_nothing(monkeypatch: Any, two_phase: bool) -
     p = single(raw_problem(300, 90), 1)
     names = ("query", "key", "scale")
     whole = statistics(p, names, backend="triton", **SIDES["all"])
-    monkeypatch.setattr(kernels, "STATISTICS_BYTES", 1)
-    monkeypatch.setattr(kernels, "GRADIENT_BYTES", 1)
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
     monkeypatch.setattr(kernels, "two_phase", lambda *_: two_phase)
     for x, true_x in zip(
         statistics(p, names, backend="triton", **SIDES["all"]), whole, strict=True

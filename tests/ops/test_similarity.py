@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdengine.ops import Statistics, _backend, similarity, similarity_torch
+from kdengine.ops import Statistics, _backend, set_workspace, similarity, similarity_torch
 from kdengine.ops.similarity import _backward, _forward
 
 SHAPES = [
@@ -110,7 +110,7 @@ def test_statistics_and_gradients_equal_the_dense_ones(shape: tuple[int, ...]) -
 def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(63, 65, 37, 13)
     truth, true_gradients = with_gradients(run, p)
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
     monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", height)
     ours, gradients = with_gradients(run, p)
     for x, true_x in zip([*ours, *gradients], [*truth, *true_gradients], strict=True):
@@ -118,7 +118,7 @@ def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.M
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
     monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 3)
     p = problem(5, 7, 4, 3)
 
@@ -251,22 +251,36 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_has_the_size_of_the_matrix() -> None:
     rows, width = 512, 16
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": rows * 32 * 4})
     x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
+    budget = similarity_torch.NUM_BUFFERS * rows * 32 * 4
     with Largest() as largest:
-        stats = similarity_torch.forward(*args, True, True, True, True, True, False)[:4]
+        stats = similarity_torch.forward(*args, True, True, True, True, True, False, budget)[:4]
         grads = [torch.ones_like(s) for s in stats]
-        similarity_torch.backward(grads, *args, stats, True, True, True)
+        similarity_torch.backward(grads, *args, stats, True, True, True, budget)
     assert largest.elements == rows * 32
+
+
+def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "WORKSPACE", dict(_backend.WORKSPACE))
+    x = unit(2048, 4).float().requires_grad_()
+    labels, scale = torch.arange(2048), torch.tensor(5.0)
+    for num_bytes in (1 << 20, 4 << 20):
+        set_workspace(num_bytes)
+        with Largest() as largest:
+            rows, _ = similarity(x, x.detach(), scale, labels, labels, cols=False)
+        bound = num_bytes / similarity_torch.NUM_BUFFERS
+        assert bound / 2 < largest.elements * 4 <= bound
+    with pytest.raises(ValueError, match="at least 1 MiB"):
+        set_workspace(1000)
 
 
 def test_strips_are_bounded_for_wide_matrices() -> None:
     x, y = torch.ones(100, 1), torch.ones(1_000_000, 1)
     strips, buffer = similarity_torch.cut(
-        similarity_torch.Product(x, y, torch.ones(()), torch.float32)
+        similarity_torch.Product(x, y, torch.ones(()), torch.float32), 1 << 20
     )
     assert buffer.shape == (similarity_torch.MIN_STRIP_ROWS, 1_000_000)
     assert [s.stop - s.start for s in strips] == [16] * 6 + [4]
@@ -331,7 +345,7 @@ def attended_and_not(monkeypatch: pytest.MonkeyPatch, p: dict, names: tuple[str,
 def test_constant_keys_cost_two_products_and_change_nothing(
     shape: tuple, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(similarity_torch, "STRIP_BYTES", {"cpu": 1})
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
     attended, with_keys = attended_and_not(monkeypatch, problem(*shape), names)
     for x, true_x in zip(attended, with_keys, strict=True):
         assert_near(x, true_x, 1e-12)
