@@ -265,14 +265,22 @@ def test_no_tensor_has_the_size_of_the_matrix() -> None:
 
 def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "WORKSPACE", dict(_backend.WORKSPACE))
+    real, sizes = similarity_torch.cut, []
+
+    def seen(student: similarity_torch.Product, budget: int) -> tuple:
+        strips, buffer = real(student, budget)
+        sizes.append(buffer.numel() * buffer.itemsize)
+        return strips, buffer
+
+    monkeypatch.setattr(similarity_torch, "cut", seen)
     x = unit(2048, 4).float().requires_grad_()
     labels, scale = torch.arange(2048), torch.tensor(5.0)
     for num_bytes in (1 << 20, 4 << 20):
         set_workspace(num_bytes)
-        with Largest() as largest:
-            rows, _ = similarity(x, x.detach(), scale, labels, labels, cols=False)
-        bound = num_bytes / similarity_torch.NUM_BUFFERS
-        assert bound / 2 < largest.elements * 4 <= bound
+        rows, _ = similarity(x, x, scale, labels, labels, cols=False)
+        rows.others.sum().backward()
+    # forward and backward
+    assert sizes == [1 << 18, 1 << 18, 1 << 20, 1 << 20]
     with pytest.raises(ValueError, match="at least 1 MiB"):
         set_workspace(1000)
 
