@@ -12,6 +12,7 @@ from torch import nn
 
 from kdengine.config import RunConfig
 from kdengine.data import ViewSpec, build_loader, build_synthetic_loader, ensure_index
+from kdengine.data.progress import counted
 from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import (
     PreprocessSpec,
@@ -125,9 +126,11 @@ def build_data(
         caption=config.data.caption,
     )
     rows = {
-        "samples": f"{index.num_samples} in {len(index.shards)} shards",
+        "samples": f"{index.num_samples} in {counted(len(index.shards), 'shard')}",
         "quarantined": f"{index.num_quarantined}",
     }
+    if index.num_listed > len(index.shards):
+        rows["samples"] += f", of {index.num_listed} listed: the others hold no good sample"
     if index.num_quarantined:
         rows["quarantined"] += f", listed in {index.quarantine_paths[0]}"
     shards = [

@@ -126,6 +126,8 @@ def evaluate(
         raise ValueError("eval: --batch-size and --workers must be at least 1")
     if out is not None and out.is_dir():
         raise IsADirectoryError(f"eval: --out {out} is a folder; expected the name of a file")
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"eval: --out {out}: the folder {out.parent} does not exist")
     from kdengine.evaluate import evaluate_command
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,11 +166,15 @@ def export(
         run: Folder of the run.
         out: Folder to write.
         step: Which checkpoint: 'latest' or its step.
-        force: Write into a folder that holds other files; those stay.
+        force: Replace the export of another run, or write beside other files; those stay.
     """
     _check_folder("export", run)
+    _refuse_folder_of_runs("export", run)
     from kdengine.checkpoint import export_run
+    from kdengine.models.export import refuse_other_run
 
+    if not force:
+        refuse_other_run(out, run)
     export_run(run, out, step=step, force=force)
     print(f"wrote {out}; load it with open_clip.create_model_and_transforms('local-dir:{out}')")
     return 0
@@ -239,6 +245,15 @@ def _check_folder(command: str, folder: Path) -> None:
         raise FileNotFoundError(f"{command}: {folder} {what}; expected the folder of a run")
 
 
+def _refuse_folder_of_runs(command: str, folder: Path) -> None:
+    inside = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
+    if inside and not (folder / "checkpoints").exists():
+        raise FileNotFoundError(
+            f"{command}: {folder} is not a run, it holds runs; did you mean "
+            f"{' or '.join(inside[:5])}?"
+        )
+
+
 def _run_settings(model: str) -> dict[str, Any] | None:
     """The section [data] of a run's configuration; None for a model that is no folder of a run."""
     path = Path(model)
@@ -247,6 +262,7 @@ def _run_settings(model: str) -> dict[str, Any] | None:
             f"eval: {model} does not exist; expected the folder of a run or of an export, or "
             "'ARCHITECTURE@TAG'"
         )
+    _refuse_folder_of_runs("eval", path)
     config = path / "config.toml"
     if not config.is_file():
         return {} if (path / "checkpoints").is_dir() else None

@@ -181,11 +181,8 @@ class Eval:
     retrieval: tuple[str, ...] = ()
     """Sets of image-caption pairs, each 'NAME=SHARDS'."""
     zeroshot: tuple[str, ...] = ()
-    """Classification sets, each 'NAME=SHARDS', or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
-
-    Without the two files, 'X-zeroshot.tar' takes 'X-classnames.txt' and 'X-templates.txt' beside
-    it. The word 'imagenet' in place of a file name means open_clip's names or templates.
-    """
+    """Classification sets, each 'NAME=SHARDS;CLASSNAMES;TEMPLATES' (two text files, or the word
+    imagenet); without them X-zeroshot.tar takes X-classnames.txt and X-templates.txt beside it."""
     val_frequency: int = 0
     """Evaluate every so many steps; 0 only at the end."""
     batch_size: int = 128

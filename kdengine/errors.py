@@ -4,7 +4,9 @@
 import dis
 import os
 import sys
+from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parent
 EXIT_REFUSED = 2
 """Exit code of a command that cannot do what was asked for, and says why in one line."""
 
@@ -26,7 +28,7 @@ def is_refusal(error: BaseException) -> bool:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    if place is None or not place.tb_frame.f_globals["__name__"].startswith("kdengine"):
+    if place is None or PACKAGE not in Path(place.tb_frame.f_code.co_filename).resolve().parents:
         return False
     # by a raise statement, rather than in a call such as int("x")
     return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"

@@ -59,6 +59,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["eval", "ViT-T-16", "--retrieval", "b.tar"], "evaluation set: expected 'NAME=SHARDS'"),
         (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--batch-size", "0"], "eval: --batch-size"),
         (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--out", "/"], "eval: --out / is a folder"),
+        (
+            ["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--out", "/nowhere/a/b.json"],
+            "eval: --out /nowhere/a/b.json: the folder /nowhere/a does not exist",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -116,7 +120,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(
         "kdengine.evaluate.evaluate_command", lambda *_, **options: seen.update(options)
     )
-    monkeypatch.setattr("kdengine.checkpoint.export_run", lambda *_: None)
+    monkeypatch.setattr("kdengine.checkpoint.export_run", lambda *_, **__: None)
     return seen
 
 
@@ -163,6 +167,39 @@ def test_the_limit_on_pixels_has_one_definition() -> None:
     assert limits == (MAX_PIXELS,) * 3
     defaults = [f.__kwdefaults__["max_pixels"] for f in (cli.index, index.ensure_index, pack)]
     assert defaults == [MAX_PIXELS] * 3
+
+
+@pytest.mark.parametrize("words", [["export", "{}", "out"], ["eval", "{}", *EVAL]], ids=" ".join)
+def test_a_folder_of_runs_is_refused_with_the_runs(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert main([word.format(tmp_path) for word in words]) == 2
+    hint = f"did you mean {tmp_path}/first or {tmp_path}/second?"
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "words", "code"),
+    [("{}/run", [], 0), ("other/run", [], 2), ("other/run", ["--force"], 0)],
+    ids=["same run", "other run", "forced"],
+)
+def test_the_export_of_another_run_is_replaced_by_force_only(
+    asked: dict,
+    run: Path,
+    label: str,
+    words: list[str],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = run.parent / "out"
+    out.mkdir()
+    notes = {"kdengine": {"run": label.format(run.parent.name)}}
+    (out / "open_clip_config.json").write_text(json.dumps(notes))
+    assert main(["export", str(run), str(out), *words]) == code
+    refused = f"{out} holds the export of another run, other/run" in capsys.readouterr().err
+    assert refused == bool(code)
 
 
 def label_shard(path: Path) -> str:

@@ -162,6 +162,19 @@ def test_help_fits_the_terminal_and_begins_with_the_short_options(
     assert all(name in " ".join(first.replace("│", " ").split()) for name in recipe_names())
 
 
+def test_a_long_help_of_an_option_is_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out.split("--eval.zeroshot")[1].split("--eval.val-frequency")[0]
+    lines = [line.strip(" │") for line in said.splitlines()[1:-1]]
+    assert len(lines) > 1 and all(lines)
+    # only the last line is short
+    assert min(map(len, lines[:-1])) > 70
+
+
 @pytest.mark.parametrize("words", [["--run.name", ""], ["--run.name="], ["--name", " "]])
 def test_an_empty_value_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

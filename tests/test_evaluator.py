@@ -87,6 +87,16 @@ def test_labels_beyond_the_class_names_are_an_error_of_their_set(two_sets, monke
         evaluate.Evaluator(spec, two_sets)
 
 
+@pytest.mark.parametrize("num_names", [4, 5], ids=["half", "fewer"])
+def test_class_names_that_are_mostly_unused_are_warned_of(two_sets, prompts, caplog, num_names):
+    _, spec = models.build_student("ViT-Pico-32", seed=0)
+    names = "\n".join(f"name {n}" for n in range(num_names))
+    (prompts / "cifar-classnames.txt").write_text(names)
+    evaluate.Evaluator(spec, two_sets)
+    warned = "evaluation set c10: its labels are only 2 of 5 class names" in caplog.text
+    assert warned == (num_names == 5)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_for_each_set_is_shown_on_a_terminal_only(two_sets, monkeypatch, terminal):
     screen = io.StringIO()
@@ -258,8 +268,8 @@ def test_command_evaluates_an_exported_folder(photos, test_data, tmp_path):
         f"{folder}/student",
         evaluate.parse_eval_sets([], [f"cifar10={test_data}/cifar10-zeroshot.tar"]),
         index_dir=f"{folder}/index",
-        out=tmp_path / "deep" / "numbers.json",
+        out=tmp_path / "numbers.json",
     )
-    found = json.loads((tmp_path / "deep" / "numbers.json").read_text())
+    found = json.loads((tmp_path / "numbers.json").read_text())
     assert found == {k: v for k, v in expected.items() if k.startswith("cifar10/")}
     assert table.row_count == 3

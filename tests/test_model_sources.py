@@ -155,7 +155,8 @@ REFUSED = [
     (".", None, ValueError, "^student .: this is a path; a folder is given as local-dir:."),
     ("ViT-B-16", "laion400m_e99", ValueError, "neither a tag of ViT-B-16 .*laion400m_e32"),
     (TINY, "openai", ValueError, "neither a tag of ViT-Pico-32 .it has none"),
-    ("local-dir:/nowhere", None, FileNotFoundError, "/nowhere/open_clip_config.json"),
+    ("local-dir:/nowhere", None, FileNotFoundError, "folder /nowhere does not exist; train"),
+    ("local-dir:.", None, FileNotFoundError, "an open_clip_config.json in it"),
     ("/nowhere/student.json", None, FileNotFoundError, "no model configuration"),
     ("hf-hub:a/b", "openai", ValueError, "brings its own weights"),
 ]

@@ -170,6 +170,32 @@ def test_report_counts_one_thing_in_the_singular(images: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        'images/a.jpg,fine\nimages/b.png,"a cat\nimages/c.jpg,a dog\n',
+        'images/a.jpg,"two\nlines"\nimages/b.png,"a cat\nimages/c.jpg,"a dog"\n',
+    ],
+    ids=["to-the-end", "to-the-next"],
+)
+def test_quote_that_is_not_closed_swallows_no_row(images: Path, rows: str) -> None:
+    line = 3 if "fine" in rows else 4
+    with pytest.raises(ValueError, match=f"^pack: .*starts at line {line} a quote opens"):
+        pack(write(images, "filepath,title\n" + rows), images / "out")
+    assert not (images / "out").exists()
+
+
+def test_rejected_rows_say_why_in_plain_words(images: Path) -> None:
+    rows = [b"images/b.png\tcaf\xe9", b"\tx", b"https://example.com/a.jpg\tx"]
+    report = pack(write(images, b"filepath\ttitle\n" + b"\n".join(rows)), images / "out")
+    records = map(json.loads, Path(report.rejected_path).read_text().splitlines())
+    assert [record["detail"] for record in records] == [
+        "character 4 is not UTF-8",
+        "the row names no file",
+        "https://example.com/a.jpg is a URL; download the file first",
+    ]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "is empty"),

@@ -175,6 +175,50 @@ def test_a_teacher_is_shown_but_not_best(tmp_path, pair):
     assert page.row("Zero-shot top-1 (pets)")[1][0] == "+5.0 40.0 \u2192 45.0, gap 20 %"
 
 
+@pytest.mark.parametrize("other", [0.4004, 0.4006], ids=["equal", "over a rounding edge"])
+def test_a_difference_that_prints_as_none_is_neutral(tmp_path, other):
+    plain = make_run(tmp_path / "plain")
+    write_lines(plain / "eval.jsonl", [{"step": 40, "pets/zeroshot-top1": 0.4004}])
+    kd = {"distill": {"distill_model": "local-dir:x"}, "method": {"name": "clip_kd"}}
+    distilled = make_run(tmp_path / "kd", **kd)
+    write_lines(distilled / "eval.jsonl", [{"step": 40, "pets/zeroshot-top1": other}])
+    text, page = report(plain, distilled)
+    assert "leaves zero-shot top-1 (pets) unchanged" in " ".join(page.words.split())
+    assert [class_ for _, class_ in page.row("Zero-shot top-1")] == ["", "", ""]
+    assert text.count('class="same">\u00b10.0<') == 2
+
+
+def test_what_stays_is_told_apart_from_what_is_gained(tmp_path, pair):
+    record = {"step": 40} | METRICS | {"pets/zeroshot-top1": 0.45}
+    write_lines(pair[1] / "eval.jsonl", [record])
+    words = " ".join(report(*pair)[1].words.split())
+    assert "gains 5.0 points on zero-shot top-1 (pets) and leaves image" in words
+    assert "unchanged" in words
+
+
+def test_what_several_runs_lack_is_noted_once(pair):
+    for folder in pair:
+        (folder / "eval.jsonl").unlink()
+    _, page = report(*pair)
+    assert page.words.count("no eval.jsonl") == 1
+    assert "plain, kd : no eval.jsonl" in " ".join(page.words.split())
+
+
+def test_differences_of_ranks_are_no_points(pair):
+    assert "in points (ranks: in ranks)" in report(*pair)[1].words
+
+
+def test_dots_of_equal_results_lie_apart(tmp_path):
+    found = runs.read_runs([make_run(tmp_path / name) for name in "abc"])
+    shares = [m for m in metrics.collect(found) if m.kind == "share"]
+    drawn = curves.draw_results(found, shares, set())
+    for i in range(3):
+        style = f"fill: {curves.colour(i).lower()}"
+        assert drawn.count(style) >= len(shares)
+    places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill', drawn)
+    assert len(places) == len(set(places)) == 3 * len(shares)
+
+
 def test_several_pairs_have_a_mean(tmp_path):
     folders = []
     for seed, gain in enumerate((0.02, 0.04)):
@@ -309,8 +353,15 @@ def test_the_folder_above_a_run_is_refused_with_the_run(tmp_path):
         write_report([tmp_path / "runs"], tmp_path / "r.html")
 
 
+def test_a_folder_in_place_of_the_page_is_refused(pair, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IsADirectoryError, match="^report: .*out is a folder"):
+        write_report(list(pair), tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_runs_that_are_absent_none_or_twice_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="^report: .*nowhere is no folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "r.html")
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "r.html")

@@ -31,7 +31,7 @@ def clean_caption(text: str) -> str | Fault:
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError as error:
-        return Fault("caption-encoding", str(error))
+        return Fault("caption-encoding", f"character {error.start + 1} is not UTF-8")
     if num_bytes > MAX_CAPTION_BYTES:
         return Fault("caption-long", f"{num_bytes} bytes")
     # format characters (zero-width blanks, direction marks) do not print either

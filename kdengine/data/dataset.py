@@ -46,6 +46,7 @@ class DatasetIndex:
 
     Attributes:
         shards: those with at least one good sample.
+        num_listed: shards that were asked for, those without a good sample included.
         num_samples: good samples, over all shards as often as they are listed.
         num_quarantined: bad samples, likewise; good and bad together are all samples.
         quarantine_paths: the `quarantine.jsonl` files that name the bad ones.
@@ -61,6 +62,7 @@ class DatasetIndex:
                 shards.append(_shard_index(place, meta, first))
                 first += meta["num_samples"]
         self.shards: tuple[ShardIndex, ...] = tuple(shards)
+        self.num_listed = len(self._metas)
         self.num_samples: int = first
         self.num_quarantined: int = sum(meta["num_quarantined"] for meta in self._metas)
         roots = dict.fromkeys(place.folder.parent for place in places)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kdengine.data.batches import Loader, check_names
 from kdengine.data.shardloader import EvalLoader, TrainLoader
+from kdengine.data.summary import no_good_sample
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
@@ -72,10 +73,7 @@ def build_loader(
             since; the message names both.
     """
     if not index.num_samples:
-        raise ValueError(
-            f"data: the shards have no good sample ({index.num_quarantined} are quarantined); "
-            "'kdengine index' tells the causes"
-        )
+        raise ValueError(f"data: {no_good_sample(index)}; see {index.quarantine_paths[0]}")
     if not 0 <= rank < world_size or seed < 0:
         raise ValueError(
             f"data: expected 0 <= rank < world_size and a seed of at least 0; got rank {rank} of "

@@ -93,8 +93,8 @@ def pack(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: the table is empty or no text, a column is missing, or shard_size is out of
-            range.
+        ValueError: the table is empty or no text, a column is missing, a quote is not closed, or
+            shard_size is out of range.
         FileNotFoundError: there is no table.
         FileExistsError: the folder holds shards already.
     """
@@ -217,7 +217,11 @@ def _check(
 def _read_image(folder: Path, name: str, max_pixels: int) -> tuple[bytes, ImageHeader] | Fault:
     path = folder / name
     try:
-        if not name or not path.is_file():
+        if not name:
+            return Fault("image-missing", "the row names no file")
+        if "://" in name:
+            return Fault("image-missing", f"{name} is a URL; download the file first")
+        if not path.is_file():
             return Fault("image-missing", f"no file {path}")
         limit = max_pixels * BYTES_PER_PIXEL + HEADER_BYTES
         if path.stat().st_size > limit:

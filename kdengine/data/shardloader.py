@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from kdengine.data.batches import Batch, Loader, check_identity
+from kdengine.data.progress import counted
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ class TrainLoader(ShardLoader):
         self.steps_per_epoch = num_samples // (world_size * batch_size)
         if not self.steps_per_epoch:
             raise ValueError(
-                f"data: {num_samples} samples do not fill one global batch of "
-                f"{world_size} ranks x {batch_size} = {world_size * batch_size}; lower "
+                f"data: {counted(num_samples, 'sample')} cannot fill one global batch of "
+                f"{counted(world_size, 'rank')} x {batch_size} = {world_size * batch_size}; lower "
                 "--train.batch-size, add data, or list the shards several times"
             )
         # the reader pads every part to the largest and that to full batches; what the padding

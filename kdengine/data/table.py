@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kdengine.data.causes import Fault
 from kdengine.data.progress import counted
@@ -44,7 +45,8 @@ def read_table(
         separator: between columns; None takes a tab if the header has one, else a comma.
 
     Raises:
-        ValueError: the file is empty or no text, or has not one column of each name.
+        ValueError: the file is empty or no text, has not one column of each name, or a quote is
+            not closed.
         FileNotFoundError: there is no file.
     """
     _check_text(table)
@@ -56,26 +58,39 @@ def read_table(
         header = file.readline()
         file.seek(0)
         chosen = separator or ("\t" if "\t" in header else ",")
-        reader = csv.reader(file, delimiter=chosen)
-        columns = next(reader, [])
+        rows = _rows(table, csv.reader(file, delimiter=chosen, strict=True))
+        _, columns = next(rows, (1, []))
         image_column = _column(table, columns, chosen, "--image-key", image_key)
         caption_column = _column(table, columns, chosen, "--caption-key", caption_key)
-        line = reader.line_num + 1
-        for fields in reader:
-            if fields:
-                num_rows += 1
-                image = fields[image_column] if image_column < len(fields) else ""
-                caption: str | Fault = Fault(
-                    RAGGED, f"{counted(len(fields), 'field')}, the header has {len(columns)}"
-                )
-                if len(fields) == len(columns):
-                    caption = fields[caption_column]
-                entry = entries.setdefault(image, Entry(image, []))
-                entry.rows.append(Row(num_rows, line, caption))
-            line = reader.line_num + 1
+        for num_rows, (line, fields) in enumerate(rows, 1):
+            image = fields[image_column] if image_column < len(fields) else ""
+            caption: str | Fault = Fault(
+                RAGGED, f"{counted(len(fields), 'field')}, the header has {len(columns)}"
+            )
+            if len(fields) == len(columns):
+                caption = fields[caption_column]
+            entry = entries.setdefault(image, Entry(image, []))
+            entry.rows.append(Row(num_rows, line, caption))
     if not num_rows:
         raise ValueError(f"pack: {table} has a header and no rows; there is nothing to pack")
     return list(entries.values()), num_rows
+
+
+def _rows(table: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, each with its first line in the file."""
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        # read on, a quote that is not closed would swallow every row up to the next one
+        raise ValueError(
+            f"pack: {table}: in the row that starts at line {line} a quote opens and is not "
+            f"closed, or text follows the closing one ({error}); mend the row: a quote within a "
+            'quoted text is written twice ("")'
+        ) from None
 
 
 def _check_text(table: Path) -> None:

@@ -60,7 +60,6 @@ def evaluate_command(
     )
     assert metrics is not None
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics_table(metrics, title or model)
 

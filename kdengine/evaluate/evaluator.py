@@ -86,6 +86,9 @@ class Evaluator:
             )
             for one in self.sets
         ]
+        if distributed.rank(group) == 0:
+            for one, index in zip(self.sets, self.indexes, strict=True):
+                _warn_of_unused_names(one, index)
 
     def run(
         self, model: TwoTower, *, should_stop: ShouldStop | None = None
@@ -207,6 +210,22 @@ def _open(one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool) 
         if one.kind == "zeroshot":
             check_labels(torch.as_tensor(index.labels()), len(one.read_classnames()))
         return index
+
+
+def _warn_of_unused_names(one: EvalSet, index: DatasetIndex) -> None:
+    """A list of another data set's names is likely where most names have no image."""
+    if one.kind != "zeroshot":
+        return
+    num_names, num_used = len(one.read_classnames()), len(np.unique(index.labels()))
+    # few images cannot have many classes
+    if 2 * num_used < min(num_names, index.num_samples):
+        logger.warning(
+            "evaluation set %s: its labels are only %d of %d class names; do the names belong to "
+            "these shards?",
+            one.name,
+            num_used,
+            num_names,
+        )
 
 
 def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:

@@ -87,6 +87,32 @@ def export_student(
     return out
 
 
+def run_label(run: Path) -> str:
+    """How an export names the run that it comes from, without the rest of the path."""
+    return "/".join(run.resolve().parts[-2:])
+
+
+def refuse_other_run(out: Path, run: Path) -> None:
+    """Let the export of a run be replaced by the same run only.
+
+    Args:
+        out: where an export may stand; its note ``run`` is the ``run_label`` of its run.
+        run: folder of the run to be exported, or of one of its checkpoints.
+
+    Raises:
+        FileExistsError: the export comes from another run.
+    """
+    try:
+        label = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["kdengine"]["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if label not in (run_label(run), run_label(run.resolve().parent.parent)):
+        raise FileExistsError(
+            f"export: {out} holds the export of another run, {label}; choose another folder, or "
+            "replace it with --force"
+        )
+
+
 def _occupant(out: Path) -> str:
     """What stands where the export shall go: "nothing", an "export", or something "foreign"."""
     if not out.exists():

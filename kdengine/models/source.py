@@ -67,6 +67,11 @@ def resolve(role: str, model: str, pretrained: str | None = None) -> Source:
     checkpoint: str | None
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{who}: the folder {folder} does not exist; train that model first (a run that "
+                f"ends writes its export/), or export it: 'kdengine export RUN {folder}'"
+            )
         config, preprocess = _read_config(who, folder / CONFIG_FILE)
         checkpoint = _file(who, pretrained) if pretrained else _weights_in(who, folder)
     elif model.startswith(HUB):
@@ -115,8 +120,8 @@ def _spec(
 def _read_config(who: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{who}: no model configuration {path}; give {LOCAL}FOLDER with a {CONFIG_FILE} in it, "
-            f"a JSON file, or a name; kdengine's own are {', '.join(student_configs())}"
+            f"{who}: no model configuration {path}; give {LOCAL}FOLDER with an {CONFIG_FILE} in "
+            f"it, a JSON file, or a name; kdengine's own are {', '.join(student_configs())}"
         )
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,8 @@ INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
 # points drawn of a curve, and points from which a moving average stands for it
 MAX_POINTS, SMOOTH_FROM, WINDOWS = 300, 80, 25
 MAX_LABELS, LABEL_LENGTH = 6, 17
+# inches from the dot of a run to that of the next one, and of a row with two dots
+STEP, ROW = 0.055, 0.24
 STYLE = {
     "svg.fonttype": "none",
     # names of runs may hold dollar signs
@@ -228,19 +230,22 @@ def short(value: float) -> str:
 def draw_results(runs: Sequence[Record], metrics: Sequence[Metric], aside: set[int]) -> Html:
     """All shares of all runs in one picture; the runs in ``aside`` are drawn hollow."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 0.235 * len(metrics) + 0.62))
+        shown = [i for i, run in enumerate(runs) if run.results]
+        row_height = ROW + STEP * max(0, len(shown) - 2)
+        figure = Figure(figsize=(8.6, row_height * len(metrics) + 0.62))
         height = figure.get_size_inches()[1]
         axes = figure.add_axes((0.34, 0.45 / height, 0.64, 1 - 0.55 / height))
         for row, metric in enumerate(metrics):
             values = [100 * r.results[metric.key] for r in runs if metric.key in r.results]
             axes.plot([min(values), max(values)], [row, row], color="#cbd2d9", linewidth=2.5)
-            for i, run in enumerate(runs):
-                value = run.results.get(metric.key)
+            for lane, i in enumerate(shown):
+                value = runs[i].results.get(metric.key)
                 if value is not None:
                     hollow = i in aside
                     axes.plot(
                         100 * value,
-                        row,
+                        # each run has its height, or equal results would hide each other
+                        row + (lane - (len(shown) - 1) / 2) * STEP / row_height,
                         marker="D" if hollow else "o",
                         markersize=5 if hollow else 7,
                         color=colour(i),

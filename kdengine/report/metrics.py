@@ -61,12 +61,15 @@ class Metric:
         return (value - other) * (100 if self.kind == "share" else 1)
 
 
-def signed(value: float, digits: int = 1) -> str:
+def is_zero(difference: float) -> bool:
+    """Whether a difference is none at the one digit that is printed."""
+    return float(f"{abs(difference):.1f}") == 0
+
+
+def signed(value: float) -> str:
     """A number with its sign; what rounds to zero has none."""
-    text = f"{abs(value):.{digits}f}"
-    if float(text) == 0:
-        return f"\u00b1{text}"
-    return (MINUS if value < 0 else "+") + text
+    sign = "\u00b1" if is_zero(value) else MINUS if value < 0 else "+"
+    return f"{sign}{abs(value):.1f}"
 
 
 def describe(key: str) -> Metric:
@@ -111,7 +114,7 @@ def best_runs(metric: Metric, runs: Sequence[Record]) -> list[Record]:
     for run in having[1:]:
         if metric.better(run.results[metric.key], best.results[metric.key]):
             best = run
-    # what prints alike counts as a tie
-    shown = metric.show(best.results[metric.key])
-    winners = [run for run in having if metric.show(run.results[metric.key]) == shown]
+    # a difference that prints as none counts as a tie
+    top = best.results[metric.key]
+    winners = [run for run in having if is_zero(metric.gain(run.results[metric.key], top))]
     return winners if len(winners) < len(having) else []

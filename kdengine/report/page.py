@@ -37,9 +37,11 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str = "Training runs
         FileNotFoundError: a folder does not exist.
         OSError: the page cannot be written.
     """
+    out = Path(out)
+    if out.is_dir():
+        raise IsADirectoryError(f"report: {out} is a folder; expected the name of a file (--out)")
     records = read_runs([Path(folder) for folder in runs])
     text = make_page(records, title)
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -65,7 +67,12 @@ def make_page(runs: Sequence[Record], title: str) -> Html:
         f"{len(runs)} {plural}, {time.strftime('%Y-%m-%d %H:%M')}, kdengine {kdengine.__version__}"
     )
     links = [tag("a", name, href=f"#{key}") for key, name, _ in parts]
-    remarks = [note(tag("b", run.name), ": ", text) for run in runs for text in run.notes]
+    # what several runs lack is said once
+    lacks: dict[str, list[str]] = {}
+    for run in runs:
+        for text in run.notes:
+            lacks.setdefault(text, []).append(run.name)
+    remarks = [note(tag("b", ", ".join(names)), ": ", text) for text, names in lacks.items()]
     body = [
         tag(
             "header",

@@ -80,14 +80,14 @@ def read_run(folder: Path) -> Record:
     """
     expected = "the folder of a run, as training writes it (LOGS/NAME with " + ", ".join(FILES)
     if not folder.is_dir():
-        raise FileNotFoundError(f"write_report: expected {expected}); {folder} is no folder")
+        raise FileNotFoundError(f"report: expected {expected}); {folder} is no folder")
     if not any((folder / name).is_file() for name in FILES):
         inside = sorted(path.name for path in folder.iterdir())
         runs = [n for n in inside if any((folder / n / file).is_file() for file in FILES)]
         what = f"holds only {', '.join(inside[:5])}" if inside else "is empty"
         what += " ..." if len(inside) > 5 else ""
         hint = "; did you mean " + ", ".join(str(folder / n) for n in runs[:5]) if runs else ""
-        raise ValueError(f"write_report: expected {expected}); {folder} {what}{hint}")
+        raise ValueError(f"report: expected {expected}); {folder} {what}{hint}")
     run = Record(folder, folder.resolve().name)
     try:
         run.config = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -111,10 +111,10 @@ def read_runs(folders: Sequence[Path]) -> list[Record]:
         FileNotFoundError: see ``read_run``.
     """
     if not folders:
-        raise ValueError("write_report: expected the folder of at least one run, got none")
+        raise ValueError("report: expected the folder of at least one run, got none")
     resolved = [Path(folder).resolve() for folder in folders]
     if twice := [str(f) for f in resolved if resolved.count(f) > 1]:
-        raise ValueError(f"write_report: expected different runs; {twice[0]} is given twice")
+        raise ValueError(f"report: expected different runs; {twice[0]} is given twice")
     runs = [read_run(Path(folder)) for folder in folders]
     for depth in range(2, 8):
         names = [run.name for run in runs]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdengine.report import curves
 from kdengine.report.markup import Html, note, render, tag
-from kdengine.report.metrics import ARROW, DASH, Metric, best_runs, signed
+from kdengine.report.metrics import ARROW, DASH, Metric, best_runs, is_zero, signed
 from kdengine.report.runs import Record, teachers
 from kdengine.report.samples import Samples
 from kdengine.report.tables import heads, swatch, table
@@ -42,7 +42,8 @@ def results(runs: Sequence[Record], metrics: Sequence[Metric]) -> Html:
         rows.append(tag("tr", tag("th", metric.label, tag("small", unit), scope="row"), cells))
     legend = ["Last evaluation of each run."]
     if len(runs) > 1:
-        legend += [" Small numbers: difference to ", tag("b", first.name), ", in points."]
+        ranks = " (ranks: in ranks)" if any(m.kind == "rank" for m in metrics) else ""
+        legend += [" Small numbers: difference to ", tag("b", first.name), f", in points{ranks}."]
         legend += [" ", tag("span", "Marked", class_="best key"), ": best run"]
         legend += [" (teachers stand aside)." if aside else "."]
     parts = [
@@ -83,7 +84,7 @@ def _result(metric: Metric, run: Record, first: Record, best: Sequence[Record]) 
 
 
 def _side(metric: Metric, value: float, other: float) -> str:
-    if metric.show(value) == metric.show(other):
+    if is_zero(metric.gain(value, other)):
         return "same"
     return "up" if metric.better(value, other) else "down"
 

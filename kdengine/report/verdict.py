@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdengine.report.markup import Html, render, tag
-from kdengine.report.metrics import HEADLINES, Metric, best_runs, signed
+from kdengine.report.metrics import HEADLINES, Metric, best_runs, is_zero, signed
 from kdengine.report.runs import Record, baseline_of, teacher_of, teachers
 
 
@@ -149,12 +149,16 @@ def _gains(pairs: Sequence[Pair], metrics: Sequence[Metric]) -> Html | None:
     known = [(m, gain) for m, gain in means if gain is not None and m.kind == "share"]
     if not known:
         return None
-    helped = all(gain >= 0.05 for _, gain in known)
+    moved = [(metric, gain) for metric, gain in known if not is_zero(gain)]
+    helped = all(gain > 0 for _, gain in moved)
     parts = []
-    for n, (metric, gain) in enumerate(known):
+    for n, (metric, gain) in enumerate(moved):
         unit = " points" if n == 0 else ""
         if helped:
             parts.append(render(tag("b", f"{gain:.1f}{unit}"), f" on {metric.inline}"))
         else:
             parts.append(render(f"{metric.inline} by ", tag("b", f"{signed(gain)} points")))
-    return render("gains " if helped else "changes ", _join(parts))
+    said = [render("gains " if helped else "changes ", _join(parts))] if moved else []
+    if still := [metric.inline for metric, gain in known if is_zero(gain)]:
+        said.append(render("leaves ", _join(still), " unchanged"))
+    return _join(said)

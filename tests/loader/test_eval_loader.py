@@ -74,7 +74,7 @@ def test_too_few_samples_for_a_global_batch_are_refused(shards, make):
 
 
 def test_empty_index_is_refused(make):
-    with pytest.raises(ValueError, match=r"no good sample \(3 are quarantined\)"):
+    with pytest.raises(ValueError, match=r"no good sample among 3 \(image-decode 3\); see /q"):
         make([])
 
 
