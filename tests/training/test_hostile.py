@@ -125,9 +125,10 @@ def test_training_among_bad_samples_skips_no_step(trained, records) -> None:
 
 def test_kept_and_quarantined_samples_are_reported_and_are_all(trained, table, kept) -> None:
     log = (trained / "a" / "out.log").read_text()
-    (samples,) = re.findall(r" samples: (\d+) in (\d+) shards$", log, re.MULTILINE)
+    found = r" samples: (\d+) in (\d+) shards, of (\d+) listed: the others hold no good sample$"
+    (samples,) = re.findall(found, log, re.MULTILINE)
     ((bad, listed),) = re.findall(r" quarantined: (\d+), listed in (.*)$", log, re.MULTILINE)
-    assert tuple(map(int, samples)) == (sum(kept.values()), len(kept))
+    assert tuple(map(int, samples)) == (sum(kept.values()), len(kept), 1 + len(table.ARCHIVES))
     assert int(samples[0]) + int(bad) == NUM_PHOTOS + table.NUM_SAMPLES
     records = [json.loads(line) for line in Path(listed).read_text("utf-8").splitlines()]
     causes = Counter(record["cause"] for record in records if record["key"] is not None)
