@@ -5,12 +5,13 @@ A backend of an op is a module with two plain functions, ``forward`` and ``backw
 signatures in every backend. A new one is one more entry in ``MODULES``.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -71,6 +72,14 @@ def set_workspace(num_bytes: int) -> None:
 def workspace(x: Tensor) -> int:
     """Bytes that an op may use beside inputs and results, on the device of ``x``."""
     return WORKSPACE["cuda" if x.is_cuda else "cpu"]
+
+
+@contextlib.contextmanager
+def running(x: Tensor) -> Iterator[None]:
+    """Where a backend runs: on the device of ``x``, and without autocast, which would round."""
+    device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with torch.autocast(x.device.type, enabled=False), device:
+        yield
 
 
 def check_name(op: str, requested: str) -> None:

@@ -32,7 +32,7 @@ def feature(
 @torch.library.custom_op("kdengine::feature_forward", mutates_args=())
 def _forward(student: Tensor, teacher: Tensor, normalize: bool, backend: str) -> Tensor:
     module = _backend.choose("feature", [student, teacher], backend)
-    with torch.autocast(student.device.type, enabled=False):
+    with _backend.running(student):
         return module.forward(student, teacher, normalize)
 
 
@@ -46,7 +46,7 @@ def _backward(
     grad: Tensor, student: Tensor, teacher: Tensor, normalize: bool, backend: str
 ) -> Tensor:
     module = _backend.choose("feature", [student, teacher], backend)
-    with torch.autocast(student.device.type, enabled=False):
+    with _backend.running(student):
         return module.backward(grad, student, teacher, normalize)
 
 

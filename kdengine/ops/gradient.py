@@ -54,7 +54,7 @@ def _forward(
     similarity = _backend.choose("similarity", [query, key], backend)
     num_rows, dtype = len(query), _backend.statistics_dtype(query, key)
     labels, none = torch.arange(num_rows, device=query.device), query.new_empty(0)
-    with torch.autocast(query.device.type, enabled=False):
+    with _backend.running(query):
         stats = similarity.forward(
             *(query, key, scale, labels, labels, [], [], none),
             *(True, True, False, False, False, False, _backend.workspace(query)),
@@ -102,7 +102,7 @@ def _backward(
     size = torch.maximum(u.norm(dim=1).amax(), r.norm(dim=1).amax()).clamp(min=1e-30)
     u, r = u / size, r / size
     module = _backend.choose("gradient", [query, key], backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with _backend.running(query):
         pulls = _pulls(x, y, scale, stats, u, r, backend)
         parts = module.backward(
             x, y, scale, pulls, u.to(x.dtype), r.to(y.dtype), LARGEST / 2, _backend.workspace(x)

@@ -135,8 +135,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     module = _backend.choose("similarity", [query, key, *teacher_query, *teacher_key], backend)
-    # logits are never rounded to a low precision, whatever the caller's autocast says
-    with torch.autocast(query.device.type, enabled=False):
+    with _backend.running(query):
         return module.forward(
             query,
             key,
@@ -211,7 +210,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _backend.choose("similarity", [query, key, *teacher_query, *teacher_key], backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with _backend.running(query):
         return module.backward(
             grads,
             query,

@@ -124,8 +124,9 @@ class Matrix(NamedTuple):
     @property
     def precision(self) -> str:
         """How float32 is multiplied: with an error of 2^-21, or as torch's settings allow."""
-        full = self.left.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        return "tf32x3" if full else "tf32"
+        # also tells what the older settings say, which raise where both kinds are in use
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if allowed or self.left.dtype != torch.float32 else "tf32x3"
 
     def operands(self, blocks: Config) -> tuple[Any, Any, Tensor]:
         """left, right and scale as arguments of a kernel: descriptors where the GPU has TMA."""
