@@ -86,11 +86,15 @@ class ClipKD:
     """Feature distillation, squared error averaged over batch and width."""
     icl: float = 1.0
     """Interactive contrastive learning, mean of both directions."""
+    gd: float = 0.0
+    """Gradient distillation; the paper's weight is 1e8, at a batch of 1024 (it falls as 1/N^2)."""
+    afd: float = 0.0
+    """Augmented feature distillation: InfoNCE of student and teacher fused by a linear layer."""
     reference_quirks: bool = False
     """Reproduce the released code where it differs from the paper (raw ICL scale)."""
 
     def __post_init__(self) -> None:
-        for name in ("task", "crd", "fd", "icl"):
+        for name in ("task", "crd", "fd", "icl", "gd", "afd"):
             value = getattr(self, name)
             _check("method.clip_kd", name, value, "a weight >= 0", value >= 0)
 

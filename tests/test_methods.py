@@ -27,6 +27,57 @@ def leaves(values: Features) -> Features:
     return Features(*(value.clone().requires_grad_() for value in values))
 
 
+def extra_terms(
+    student: Features, teacher: Features, scale: Tensor, heads: Any, fusions: Any
+) -> dict[str, Tensor]:
+    """GD with autograd for the inner gradients, and AFD, written out plainly."""
+    u, v = (F.normalize(value, dim=-1) for value in teacher[:2])
+
+    def clip(x: Tensor, y: Tensor, multiplier: Tensor) -> Tensor:
+        logits, label = multiplier * x @ y.T, torch.arange(len(x))
+        return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+
+    def inner(x: Tensor, y: Tensor, multiplier: Tensor, keep: bool) -> tuple[Tensor, ...]:
+        x, y = (z if z.requires_grad else z.requires_grad_() for z in (x, y))
+        return torch.autograd.grad(clip(x, y, multiplier), (x, y), create_graph=keep)
+
+    hats = [F.normalize(head(z), dim=-1) for head, z in zip(heads, student[:2], strict=True)]
+    ours, theirs = inner(*hats, student.scale, True), inner(u, v, teacher.scale, False)
+    fused = [
+        F.normalize(fusion(torch.cat([F.normalize(z, dim=-1), w.detach()], 1)), dim=-1)
+        for fusion, z, w in zip(fusions, student[:2], (u, v), strict=True)
+    ]
+    return {
+        "gd": sum(F.mse_loss(a, b) for a, b in zip(ours, theirs, strict=True)),
+        "afd": clip(*fused, scale),
+    }
+
+
+@pytest.mark.parametrize("teacher_width", [8, 5], ids=["equal", "unequal"])
+def test_gd_and_afd_equal_autograd_with_all_gradients(teacher_width: int) -> None:
+    weights = {"task": 0.0, "crd": 0.0, "fd": 0.0, "icl": 0.0, "gd": 1e3, "afd": 0.7}
+    method = ClipKD(8, teacher_width, **weights).double()
+    student, teacher = leaves(features(8)), features(teacher_width, scale=30.0, seed=1)
+    terms = method(student, teacher)
+    heads = (method.image_head, method.text_head)
+    fusions = (method.image_fusion, method.text_fusion)
+    scale = method.fused_log_scale.exp()
+    expected = extra_terms(student, teacher, scale, heads, fusions)
+    total = sum(weight * terms[name] for name, weight in method.weights.items())
+    truth = sum(weight * expected[name] for name, weight in method.weights.items())
+    inputs = [*student, *method.parameters()]
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-14)
+    found = torch.autograd.grad(total, inputs)
+    for got, want in zip(found, torch.autograd.grad(truth, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_released_gradient_distillation_is_not_reproduced() -> None:
+    with pytest.raises(ValueError, match="reference_quirks leaves gd out"):
+        ClipKD(8, 8, gd=1.0, reference_quirks=True)
+
+
 def released_terms(
     student: Features, teacher: Features, icl_scale: Tensor, heads: Any
 ) -> dict[str, Tensor]:
@@ -113,8 +164,9 @@ def test_a_term_of_weight_zero_is_never_computed(
         ({}, 5, True, 1),
         ({"fd": 0.0, "icl": 0.0}, 5, False, 0),
         ({"icl": 0.0}, 5, True, 0),
+        ({"fd": 0.0, "icl": 0.0, "gd": 1.0}, 5, True, 0),
     ],
-    ids=["equal-width", "unequal-width", "nothing-to-compare", "no-icl"],
+    ids=["equal-width", "unequal-width", "nothing-to-compare", "no-icl", "gradients"],
 )
 def test_only_needed_heads_and_scales_are_created(
     weights: dict[str, float], width: int, heads: bool, scales: int
@@ -185,7 +237,8 @@ def test_build_method_passes_the_configured_weights() -> None:
 
 def _rank_gradients(rank: int, world_size: int, width: int) -> tuple[Tensor, list[Tensor]]:
     group = torch.distributed.group.WORLD if world_size > 1 else None
-    root = Distillation(_Tower(), ClipKD(8, width, group=group).double())  # type: ignore[arg-type]
+    method = ClipKD(8, width, gd=1e3, afd=0.5, group=group).double()
+    root = Distillation(_Tower(), method)  # type: ignore[arg-type]
     rows = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
     pair, teacher = features(8), features(width, scale=30.0, seed=1)
     own = Features(teacher.image[rows], teacher.text[rows], teacher.scale)

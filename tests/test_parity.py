@@ -35,7 +35,20 @@ def classes(n: int, k: int, d: int, e: int) -> tuple:
 
 
 # sizes -> learned arguments, constant ones, keywords
+class Fusion(torch.nn.Module):
+    """A fixed linear map of the widths together to 3 numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.linspace(-1, 2, 3 * x.shape[1], dtype=x.dtype).reshape(-1, 3).sin()
+        return x @ weights
+
+
 ARGUMENTS = {
+    "augmented_feature": lambda n, k, d, e: (
+        (unit(n, d), unit(n, d), scale(9.0)),
+        (unit(n, e), unit(n, e), Fusion(), Fusion()),
+        {},
+    ),
     "info_nce": lambda n, k, d, e: ((unit(n, d), unit(n, d), scale(9.0)), (), {}),
     "contrastive_relational": with_teacher,
     "interactive_contrastive": lambda n, k, d, e: (

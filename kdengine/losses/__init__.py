@@ -4,6 +4,7 @@
 from kdengine.losses.clip import ClipLoss, DistillClipLoss
 from kdengine.losses.gradients import gradient
 from kdengine.losses.named import (
+    augmented_feature,
     cluster_cross_entropy,
     cluster_kl,
     contrastive_relational,
@@ -23,6 +24,7 @@ __all__ = [
     "ClipLoss",
     "DistillClipLoss",
     "SimilarityTerms",
+    "augmented_feature",
     "cluster_cross_entropy",
     "cluster_kl",
     "contrastive_relational",

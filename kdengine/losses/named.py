@@ -6,7 +6,7 @@ With a group each rank returns the loss of its own part and the mean over ranks 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,39 @@ def interactive_contrastive(
         )
 
     return rows_only(image, teacher_text) + rows_only(text, teacher_image)
+
+
+def augmented_feature(
+    image: Tensor,
+    text: Tensor,
+    scale: Scale,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    image_fusion: Callable[[Tensor], Tensor],
+    text_fusion: Callable[[Tensor], Tensor],
+    *,
+    group: Group = None,
+    backend: str = "auto",
+) -> Tensor:
+    """AFD: InfoNCE of student and teacher embeddings, fused by one learned layer a modality.
+
+    ``info_nce(f(image, teacher_image), f(text, teacher_text), scale)``,
+    ``f(x, u) = normalize(fusion([x || u]))``
+
+    Shapes: image, text (N, D), teacher_image, teacher_text (N, E), all L2-normalised; a fusion maps
+    (N, D + E) to (N, any width), e.g. ``nn.Linear(D + E, D)``. Returns: 0-D, nats.
+    Gradients: image, text, scale, and the fusions' parameters.
+    Memory, communication, raises: as ``similarity_terms``; teachers are constants.
+    Source: CLIP-KD eq. 17. Its released code fails where the widths differ.
+    """
+    inputs.check_constant(
+        "augmented_feature", teacher_image=teacher_image, teacher_text=teacher_text
+    )
+    fused_image = image_fusion(torch.cat([image, teacher_image], 1))
+    fused_text = text_fusion(torch.cat([text, teacher_text], 1))
+    return similarity_loss(
+        fused_image, fused_text, scale, normalize=True, group=group, backend=backend
+    )
 
 
 def cluster_cross_entropy(

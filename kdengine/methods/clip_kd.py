@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP-KD (Yang et al., CVPR 2024, arXiv 2307.12732): InfoNCE + CRD + FD + ICL.
+"""CLIP-KD (Yang et al., CVPR 2024, arXiv 2307.12732): InfoNCE + CRD + FD + ICL, and GD, AFD.
 
 One convention for all weights, that of the released code's reductions:
 
@@ -7,24 +7,36 @@ One convention for all weights, that of the released code's reductions:
          + crd  * 1/2 (KL_rows + KL_cols)                       teacher's relations, eq. 4-10
          + fd   * (mse(image, t_image) + mse(text, t_text))     mean over batch and width, eq. 11
          + icl  * 1/2 (CE(image, t_text) + CE(text, t_image))   student against teacher, eq. 14-16
+         + gd   * (mse(g_image, t_g_image) + mse(g_text, t_g_text))   gradients of InfoNCE, eq. 13
+         + afd  * InfoNCE(fuse(image, t_image), fuse(text, t_text))   one layer a modality, eq. 17
 
 The paper's printed CRD has no 1/2 and its printed FD sums over the width, so its lambda_CRD = 1 is
 crd = 2 here, and its lambda_FD = x is fd = x * width; the published numbers were made with crd = 1
-and fd = 2000. InfoNCE and CRD use the student's own width; FD and ICL compare in the teacher's,
-through one linear head a modality (raw embedding -> head -> normalise) when the widths differ.
+and fd = 2000, without GD and AFD. InfoNCE and CRD use the student's own width; FD, ICL and GD
+compare in the teacher's, through one linear head a modality (raw embedding -> head -> normalise)
+when the widths differ; AFD fuses both widths. GD falls as 1/N^2 when the global batch N grows, so
+its weight belongs to a batch.
 
-The scale of ICL is learned. It is exp of a parameter that starts at ln(1/0.07), as the paper says;
-the released code forgets the exp, so that its scale starts at 2.66 and is not clamped:
-``reference_quirks=True`` reproduces that.
+The scales of ICL and AFD are learned. They are exp of parameters that start at ln(1/0.07), as the
+paper says; the released code forgets the exp, so that its scales start at 2.66 and are not clamped:
+``reference_quirks=True`` reproduces that. Its GD divides cosines by the scale, so that softmaxes
+are uniform and say nothing of the teacher; that is not reproduced.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kdengine.losses import feature, interactive_contrastive, similarity_terms
+from kdengine.losses import (
+    augmented_feature,
+    feature,
+    gradient,
+    interactive_contrastive,
+    similarity_terms,
+)
 from kdengine.methods.base import Method
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
@@ -42,7 +54,9 @@ class ClipKD(Method):
         crd: weight of contrastive relational distillation.
         fd: weight of feature distillation.
         icl: weight of interactive contrastive learning.
-        reference_quirks: use the ICL scale raw, as the released code does.
+        gd: weight of gradient distillation.
+        afd: weight of augmented feature distillation.
+        reference_quirks: use the scales of ICL and AFD raw, as the released code does.
         group: the ranks that share a batch; None for one process.
         backend: backend of the losses.
     """
@@ -56,53 +70,108 @@ class ClipKD(Method):
         crd: float = 1.0,
         fd: float = 2000.0,
         icl: float = 1.0,
+        gd: float = 0.0,
+        afd: float = 0.0,
         reference_quirks: bool = False,
         group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__({"task": task, "crd": crd, "fd": fd, "icl": icl})
+        weights = {"task": task, "crd": crd, "fd": fd, "icl": icl, "gd": gd, "afd": afd}
+        super().__init__(weights)
+        if gd and reference_quirks:
+            raise ValueError(
+                "ClipKD: reference_quirks leaves gd out, because the released one learns nothing; "
+                f"gd={gd} came; set it to 0, or use the paper's GD without reference_quirks"
+            )
         self.reference_quirks = reference_quirks
         self.group, self.backend = group, backend
-        compared = "fd" in self.weights or "icl" in self.weights
         self.image_head: nn.Module = nn.Identity()
         self.text_head: nn.Module = nn.Identity()
-        if compared and student_width != teacher_width:
+        if self._compares() and student_width != teacher_width:
             self.image_head = nn.Linear(student_width, teacher_width)
             self.text_head = nn.Linear(student_width, teacher_width)
+        # scales have the shape [1]: deepspeed cannot broadcast a 0-D parameter
         if "icl" in self.weights:
-            # shape [1]: deepspeed cannot broadcast a 0-D parameter
             self.log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
+        if "afd" in self.weights:
+            self.image_fusion = nn.Linear(student_width + teacher_width, student_width)
+            self.text_fusion = nn.Linear(student_width + teacher_width, student_width)
+            self.fused_log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
 
     def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
         """The terms of nonzero weight.
 
         Shapes: student embeddings [b, D], teacher embeddings [b, E].
 
-        Gradients: to the student's embeddings and scale, the heads and the ICL scale.
+        Gradients: to the student's embeddings and scale, the heads, the fusions and their scales.
         """
         assert teacher is not None
         terms: dict[str, Tensor] = {}
         if "task" in self.weights or "crd" in self.weights:
             terms |= self._relational(student, teacher)
-        if "fd" in self.weights or "icl" in self.weights:
+        if self._compares():
             image, text = self.image_head(student.image), self.text_head(student.text)
-            if "fd" in self.weights:
-                terms["fd"] = feature(
-                    image, teacher.image, normalize=True, backend=self.backend
-                ) + feature(text, teacher.text, normalize=True, backend=self.backend)
-            if "icl" in self.weights:
-                terms["icl"] = interactive_contrastive(
-                    image,
-                    text,
-                    self.interactive_scale(),
-                    teacher.image.detach(),
-                    teacher.text.detach(),
-                    normalize=True,
-                    group=self.group,
-                    backend=self.backend,
-                )
-                terms["icl_scale"] = self.interactive_scale().detach().squeeze()
+            terms |= self._compared(image, text, student.scale, teacher)
+        if "afd" in self.weights:
+            terms |= self._fused(student, teacher)
         return terms
+
+    def _compares(self) -> bool:
+        """Whether a term compares embeddings in the teacher's width."""
+        return not self.weights.keys().isdisjoint({"fd", "icl", "gd"})
+
+    def _compared(
+        self, image: Tensor, text: Tensor, scale: Tensor, teacher: Features
+    ) -> dict[str, Tensor]:
+        """FD, ICL and GD, of the student's embeddings in the teacher's width."""
+        terms = {}
+        if "fd" in self.weights:
+            terms["fd"] = feature(
+                image, teacher.image, normalize=True, backend=self.backend
+            ) + feature(text, teacher.text, normalize=True, backend=self.backend)
+        if "icl" in self.weights:
+            multiplier = self.interactive_scale()
+            terms["icl"] = interactive_contrastive(
+                image,
+                text,
+                multiplier,
+                teacher.image.detach(),
+                teacher.text.detach(),
+                normalize=True,
+                group=self.group,
+                backend=self.backend,
+            )
+            terms["icl_scale"] = multiplier.detach().squeeze()
+        if "gd" in self.weights:
+            terms["gd"] = gradient(
+                image,
+                text,
+                scale,
+                teacher.image,
+                teacher.text,
+                teacher.scale,
+                normalize=True,
+                group=self.group,
+                backend=self.backend,
+            )
+        return terms
+
+    def _fused(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """AFD, and its scale for the log."""
+        x, y, u, v = (F.normalize(z, dim=-1) for z in (*student[:2], *teacher[:2]))
+        multiplier = self._multiplier(self.fused_log_scale)
+        loss = augmented_feature(
+            x,
+            y,
+            multiplier,
+            u.to(x.dtype).detach(),
+            v.to(y.dtype).detach(),
+            self.image_fusion,
+            self.text_fusion,
+            group=self.group,
+            backend=self.backend,
+        )
+        return {"afd": loss, "afd_scale": multiplier.detach().squeeze()}
 
     def _relational(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """InfoNCE and CRD from one sweep over the student's similarities."""
@@ -130,10 +199,16 @@ class ClipKD(Method):
         return terms
 
     def log_scales(self) -> list[nn.Parameter]:
-        """The log scale of ICL; none under ``reference_quirks``, where it is not a logarithm."""
-        return [self.log_scale] if "icl" in self.weights and not self.reference_quirks else []
+        """Those of ICL and AFD; none under ``reference_quirks``, where they are no logarithms."""
+        if self.reference_quirks:
+            return []
+        names = {"icl": "log_scale", "afd": "fused_log_scale"}
+        return [getattr(self, name) for term, name in names.items() if term in self.weights]
 
     def interactive_scale(self) -> Tensor:
         """The multiplier of ICL's similarities, shape [1]."""
-        log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        return self._multiplier(self.log_scale)
+
+    def _multiplier(self, log_scale: Tensor) -> Tensor:
+        log_scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
         return log_scale if self.reference_quirks else log_scale.clamp(0, LOG_SCALE_MAX).exp()
