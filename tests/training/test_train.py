@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 
 LOG_SCALE_MAX = math.log(100)
 PRECISIONS = ("fp32", "amp_bf16", "bf16")
@@ -204,6 +205,8 @@ def test_distilled_student_is_exported_for_open_clip(train_here, words, records,
             *words(
                 "student",
                 method__name="clip_kd",
+                method__clip_kd__gd=10.0,
+                method__clip_kd__afd=0.5,
                 distill__distill_model=f"local-dir:{runs / 'teacher' / 'export'}",
                 train__precision="amp_bf16",
                 train__zero_stage=3,
@@ -213,9 +216,10 @@ def test_distilled_student_is_exported_for_open_clip(train_here, words, records,
         ],
     )
     assert [code for code, _ in told] == [0, 0], told
-    assert {"loss/task", "loss/crd", "loss/fd", "loss/icl", "scale"} <= records(runs / "student")[
-        0
-    ].keys()
+    terms = {f"loss/{name}" for name in ("task", "crd", "fd", "icl", "gd", "afd")}
+    assert terms | {"scale", "icl_scale", "afd_scale"} <= records(runs / "student")[0].keys()
+    exported = load_file(runs / "student" / "export" / "open_clip_model.safetensors")
+    assert not any("head." in name or "fusion" in name for name in exported)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{runs / 'student' / 'export'}")
     assert model.logit_scale.shape == ()
 
