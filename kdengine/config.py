@@ -90,6 +90,10 @@ class ClipKD:
     """Gradient distillation; the paper's weight is 1e8, at a batch of 1024 (it falls as 1/N^2)."""
     afd: float = 0.0
     """Augmented feature distillation: InfoNCE of student and teacher fused by a linear layer."""
+    mask_ratio: float = 0.0
+    """Share of the patches that fd hides from a ViT student: masked feature distillation."""
+    mask_all: bool = False
+    """All terms see the masked image: one pass of the student instead of two."""
     reference_quirks: bool = False
     """Reproduce the released code where it differs from the paper (raw ICL scale)."""
 
@@ -97,6 +101,8 @@ class ClipKD:
         for name in ("task", "crd", "fd", "icl", "gd", "afd"):
             value = getattr(self, name)
             _check("method.clip_kd", name, value, "a weight >= 0", value >= 0)
+        ratio = self.mask_ratio
+        _check("method.clip_kd", "mask_ratio", ratio, "a share of 0 <= r < 1", 0 <= ratio < 1)
 
 
 @dataclass(frozen=True, kw_only=True)

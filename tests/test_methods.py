@@ -202,7 +202,7 @@ class _Tower(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
         self.weight = nn.Parameter(torch.eye(8, dtype=torch.float64) * 0.5)
 
-    def forward(self, image: Tensor, tokens: Tensor) -> Features:
+    def forward(self, image: Tensor, tokens: Tensor, mask_ratio: float = 0.0) -> Features:
         return Features(image @ self.weight, tokens @ self.weight, self.log_scale.exp())
 
 
@@ -250,6 +250,31 @@ def _rank_gradients(rank: int, world_size: int, width: int) -> tuple[Tensor, lis
             torch.distributed.all_reduce(value)
         value /= world_size
     return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("width", [8, 5], ids=["equal", "unequal"])
+def test_masked_feature_distillation_compares_the_masked_embedding(width: int) -> None:
+    method = ClipKD(8, width, mask_ratio=0.5).double()
+    student, teacher = features(8), features(width, scale=30.0, seed=1)
+    masked = features(8, seed=2).image
+    plain, terms = method(student, teacher), method(student, teacher, masked)
+    hats = method.image_head(masked), method.text_head(student.text)
+    expected = sum(
+        F.mse_loss(F.normalize(a, dim=-1), F.normalize(b, dim=-1))
+        for a, b in zip(hats, teacher[:2], strict=True)
+    )
+    torch.testing.assert_close(terms["fd"], expected)
+    assert all(torch.equal(terms[name], plain[name]) for name in ("task", "crd", "icl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"fd": 0.0}, "fd is 0"), ({"reference_quirks": True}, "released MFD is FD")],
+    ids=["no fd", "quirks"],
+)
+def test_a_mask_without_use_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClipKD(8, 8, mask_ratio=0.5, **options)
 
 
 @pytest.mark.parametrize("width", [8, 5], ids=["equal", "unequal"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kdengine.models import Features, TwoTower
+from kdengine.models.masking import install_mask
 
 
 def teacher_missing(name: str) -> ValueError:
@@ -23,9 +24,14 @@ class Method(nn.Module, ABC):
     Attributes:
         weights: weight of each term that is computed; a term of weight 0 does not appear in it.
         needs_teacher: whether ``forward`` wants teacher features.
+        mask_ratio: share of the student's patches that its masked image embedding lacks; 0 asks
+            for none.
+        mask_all: the student's image embedding is the masked one, in all terms.
     """
 
     needs_teacher: bool = True
+    mask_ratio: float = 0.0
+    mask_all: bool = False
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -43,8 +49,12 @@ class Method(nn.Module, ABC):
             )
 
     @abstractmethod
-    def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
+    def forward(
+        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The unweighted scalar terms, one for each name in ``weights``.
+
+        ``masked`` is the student's raw embedding [b, D] of masked images, with ``mask_ratio``.
 
         Further scalars, worth a place in the log, may stand beside them under other names.
         """
@@ -61,6 +71,8 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self.method = method
+        if method.mask_ratio:
+            install_mask(student.clip.visual)  # type: ignore[arg-type]
 
     def forward(
         self, image: Tensor, tokens: Tensor, teacher: Features | None = None
@@ -81,8 +93,12 @@ class Distillation(nn.Module):
         """
         if self.method.needs_teacher and teacher is None:
             raise teacher_missing(type(self.method).__name__)
-        student: Features = self.student(image, tokens)
-        terms: dict[str, Tensor] = self.method(student, teacher)
+        ratio, mask_all = self.method.mask_ratio, self.method.mask_all
+        student: Features = self.student(image, tokens, ratio if mask_all else 0.0)
+        masked = None
+        if ratio:
+            masked = student.image if mask_all else self.student.encode_image(image, ratio)
+        terms: dict[str, Tensor] = self.method(student, teacher, masked)
         weighted = [weight * terms[name] for name, weight in self.method.weights.items()]
         logged = {name: term.detach() for name, term in terms.items()}
         logged["scale"] = student.scale.detach().squeeze()

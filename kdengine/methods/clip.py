@@ -18,7 +18,9 @@ class Clip(Method):
         super().__init__({"task": 1.0})
         self.group, self.backend = group, backend
 
-    def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
+    def forward(
+        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The InfoNCE term, named ``task``; the teacher is ignored."""
         task = similarity_loss(
             student.image,

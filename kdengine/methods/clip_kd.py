@@ -17,6 +17,11 @@ compare in the teacher's, through one linear head a modality (raw embedding -> h
 when the widths differ; AFD fuses both widths. GD falls as 1/N^2 when the global batch N grows, so
 its weight belongs to a batch.
 
+With ``mask_ratio`` FD is MFD, eq. 12: the student's image embedding comes from a random part of its
+patches, the teacher sees the whole image. The paper does not say what the other terms see: the
+whole image here, unless ``mask_all``. The released code computes the masked embedding and then
+throws it away: its MFD is FD.
+
 The scales of ICL and AFD are learned. They are exp of parameters that start at ln(1/0.07), as the
 paper says; the released code forgets the exp, so that its scales start at 2.66 and are not clamped:
 ``reference_quirks=True`` reproduces that. Its GD divides cosines by the scale, so that softmaxes
@@ -56,6 +61,8 @@ class ClipKD(Method):
         icl: weight of interactive contrastive learning.
         gd: weight of gradient distillation.
         afd: weight of augmented feature distillation.
+        mask_ratio: share of the student's patches that FD hides from it, which makes it MFD.
+        mask_all: all terms see the masked image, from one pass of the student instead of two.
         reference_quirks: use the scales of ICL and AFD raw, as the released code does.
         group: the ranks that share a batch; None for one process.
         backend: backend of the losses.
@@ -72,6 +79,8 @@ class ClipKD(Method):
         icl: float = 1.0,
         gd: float = 0.0,
         afd: float = 0.0,
+        mask_ratio: float = 0.0,
+        mask_all: bool = False,
         reference_quirks: bool = False,
         group: ProcessGroup | None = None,
         backend: str = "auto",
@@ -83,6 +92,17 @@ class ClipKD(Method):
                 "ClipKD: reference_quirks leaves gd out, because the released one learns nothing; "
                 f"gd={gd} came; set it to 0, or use the paper's GD without reference_quirks"
             )
+        if mask_ratio and not fd:
+            raise ValueError(
+                f"ClipKD: mask_ratio makes FD the masked MFD, but fd is 0; mask_ratio={mask_ratio} "
+                "came; give fd a weight, or no mask"
+            )
+        if mask_ratio and reference_quirks:
+            raise ValueError(
+                "ClipKD: the released MFD is FD, at the price of another pass; set mask_ratio to 0 "
+                f"with reference_quirks; {mask_ratio} came"
+            )
+        self.mask_ratio, self.mask_all = mask_ratio, mask_all
         self.reference_quirks = reference_quirks
         self.group, self.backend = group, backend
         self.image_head: nn.Module = nn.Identity()
@@ -98,10 +118,12 @@ class ClipKD(Method):
             self.text_fusion = nn.Linear(student_width + teacher_width, student_width)
             self.fused_log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
 
-    def forward(self, student: Features, teacher: Features | None) -> dict[str, Tensor]:
+    def forward(
+        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The terms of nonzero weight.
 
-        Shapes: student embeddings [b, D], teacher embeddings [b, E].
+        Shapes: student embeddings and ``masked`` [b, D], teacher embeddings [b, E].
 
         Gradients: to the student's embeddings and scale, the heads, the fusions and their scales.
         """
@@ -112,6 +134,11 @@ class ClipKD(Method):
         if self._compares():
             image, text = self.image_head(student.image), self.text_head(student.text)
             terms |= self._compared(image, text, student.scale, teacher)
+            if "fd" in self.weights:
+                seen = image if masked is None else self.image_head(masked)
+                terms["fd"] = self._features(seen, teacher.image) + self._features(
+                    text, teacher.text
+                )
         if "afd" in self.weights:
             terms |= self._fused(student, teacher)
         return terms
@@ -123,12 +150,8 @@ class ClipKD(Method):
     def _compared(
         self, image: Tensor, text: Tensor, scale: Tensor, teacher: Features
     ) -> dict[str, Tensor]:
-        """FD, ICL and GD, of the student's embeddings in the teacher's width."""
+        """ICL and GD, of the student's embeddings in the teacher's width."""
         terms = {}
-        if "fd" in self.weights:
-            terms["fd"] = feature(
-                image, teacher.image, normalize=True, backend=self.backend
-            ) + feature(text, teacher.text, normalize=True, backend=self.backend)
         if "icl" in self.weights:
             multiplier = self.interactive_scale()
             terms["icl"] = interactive_contrastive(
@@ -155,6 +178,10 @@ class ClipKD(Method):
                 backend=self.backend,
             )
         return terms
+
+    def _features(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """FD of one modality."""
+        return feature(student, teacher, normalize=True, backend=self.backend)
 
     def _fused(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """AFD, and its scale for the log."""

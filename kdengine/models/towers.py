@@ -8,6 +8,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from kdengine.models.masking import masked
 from kdengine.models.spec import TowerSpec
 
 LOG_SCALE_MAX = math.log(100)
@@ -95,21 +96,24 @@ class TwoTower(nn.Module):
         """The logarithm of the scale: the parameter, shape [1] for students."""
         return self.clip.logit_scale  # type: ignore[return-value]
 
-    def forward(self, image: Tensor, tokens: Tensor) -> Features:
+    def forward(self, image: Tensor, tokens: Tensor, mask_ratio: float = 0.0) -> Features:
         """Embed a batch of pairs.
 
-        Shapes: image [b, 3, S, S], tokens [b, context] integers.
+        Shapes: image [b, 3, S, S], tokens [b, context] integers. With ``mask_ratio`` the image
+        tower, once prepared by ``install_mask``, sees the rest of each image's patches only.
 
         Returns:
             Raw embeddings [b, D] in the dtype of the weights, and ``exp(log_scale)`` in fp32.
 
         Gradients: to all weights and the log scale.
         """
-        return Features(*self.clip(self._cast(image), tokens))
+        with masked(self.clip.visual, mask_ratio):  # type: ignore[arg-type]
+            return Features(*self.clip(self._cast(image), tokens))
 
-    def encode_image(self, image: Tensor) -> Tensor:
+    def encode_image(self, image: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Raw embeddings [b, D] of images [b, 3, S, S]."""
-        return self.clip(self._cast(image), None)[0]
+        with masked(self.clip.visual, mask_ratio):  # type: ignore[arg-type]
+            return self.clip(self._cast(image), None)[0]
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Raw embeddings [b, D] of tokens [b, context]."""
