@@ -83,7 +83,10 @@ class ClipKD:
     crd: float = 1.0
     """Contrastive relational distillation, mean of the row and the column KL."""
     fd: float = 2000.0
-    """Feature distillation, squared error averaged over batch and width."""
+    """Feature distillation; its weight belongs to fd_reduction."""
+    fd_reduction: Literal["mean", "sum"] = "mean"
+    """Squared error averaged over the width, as the paper's 2000, or summed over it, as its formula
+    (2000 / width): the same for every width, and logged as fd_sum."""
     icl: float = 1.0
     """Interactive contrastive learning, mean of both directions."""
     gd: float = 0.0

@@ -267,6 +267,15 @@ def test_masked_feature_distillation_compares_the_masked_embedding(width: int) -
     assert all(torch.equal(terms[name], plain[name]) for name in ("task", "crd", "icl"))
 
 
+def test_fd_summed_over_the_width_has_a_name_and_a_weight_of_its_own() -> None:
+    student, teacher = features(8), features(8, seed=1)
+    mean = ClipKD(8, 8, fd=2000.0).double()
+    total = ClipKD(8, 8, fd=2000.0 / 8, fd_reduction="sum").double()
+    one, other = mean(student, teacher)["fd"], total(student, teacher)["fd_sum"]
+    torch.testing.assert_close(mean.weights["fd"] * one, total.weights["fd_sum"] * other)
+    assert "fd" not in total.weights
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"fd": 0.0}, "fd is 0"), ({"reference_quirks": True}, "released MFD is FD")],

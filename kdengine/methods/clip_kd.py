@@ -58,6 +58,8 @@ class ClipKD(Method):
         task: weight of InfoNCE.
         crd: weight of contrastive relational distillation.
         fd: weight of feature distillation.
+        fd_reduction: "mean" over the width, or "sum", whose weight suits any width; the term is
+            then called ``fd_sum``.
         icl: weight of interactive contrastive learning.
         gd: weight of gradient distillation.
         afd: weight of augmented feature distillation.
@@ -76,6 +78,7 @@ class ClipKD(Method):
         task: float = 1.0,
         crd: float = 1.0,
         fd: float = 2000.0,
+        fd_reduction: str = "mean",
         icl: float = 1.0,
         gd: float = 0.0,
         afd: float = 0.0,
@@ -85,7 +88,8 @@ class ClipKD(Method):
         group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        weights = {"task": task, "crd": crd, "fd": fd, "icl": icl, "gd": gd, "afd": afd}
+        self.fd_name = "fd" if fd_reduction == "mean" else f"fd_{fd_reduction}"
+        weights = {"task": task, "crd": crd, self.fd_name: fd, "icl": icl, "gd": gd, "afd": afd}
         super().__init__(weights)
         if gd and reference_quirks:
             raise ValueError(
@@ -102,6 +106,7 @@ class ClipKD(Method):
                 "ClipKD: the released MFD is FD, at the price of another pass; set mask_ratio to 0 "
                 f"with reference_quirks; {mask_ratio} came"
             )
+        self.fd_reduction = fd_reduction
         self.mask_ratio, self.mask_all = mask_ratio, mask_all
         self.reference_quirks = reference_quirks
         self.group, self.backend = group, backend
@@ -134,9 +139,9 @@ class ClipKD(Method):
         if self._compares():
             image, text = self.image_head(student.image), self.text_head(student.text)
             terms |= self._compared(image, text, student.scale, teacher)
-            if "fd" in self.weights:
+            if self.fd_name in self.weights:
                 seen = image if masked is None else self.image_head(masked)
-                terms["fd"] = self._features(seen, teacher.image) + self._features(
+                terms[self.fd_name] = self._features(seen, teacher.image) + self._features(
                     text, teacher.text
                 )
         if "afd" in self.weights:
@@ -145,7 +150,7 @@ class ClipKD(Method):
 
     def _compares(self) -> bool:
         """Whether a term compares embeddings in the teacher's width."""
-        return not self.weights.keys().isdisjoint({"fd", "icl", "gd"})
+        return not self.weights.keys().isdisjoint({self.fd_name, "icl", "gd"})
 
     def _compared(
         self, image: Tensor, text: Tensor, scale: Tensor, teacher: Features
@@ -181,7 +186,13 @@ class ClipKD(Method):
 
     def _features(self, student: Tensor, teacher: Tensor) -> Tensor:
         """FD of one modality."""
-        return feature(student, teacher, normalize=True, backend=self.backend)
+        return feature(
+            student,
+            teacher,
+            normalize=True,
+            reduction=self.fd_reduction,
+            backend=self.backend,
+        )
 
     def _fused(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """AFD, and its scale for the log."""
