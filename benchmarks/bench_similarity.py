@@ -1,203 +1,287 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the relational losses: this engine against dense eager losses.
+"""Time and memory of the relational losses: this engine against dense losses and its peers.
 
-    python benchmarks/bench_similarity.py [--rows 1024 4096] [--width 512] [--compile] [--json FILE]
+    python benchmarks/bench_similarity.py [--json FILE] [--budget-s 300]
+    python benchmarks/bench_similarity.py --rows 1024 4096 [--width 512] [--scale 14.3] ...
 
-Backends of the table: ``torch`` (``kdengine.losses``), ``eager`` (``kdengine.reference``, dense,
-in the same dtype), ``open_clip`` (its ClipLoss and DistillClipLoss, where installed) and, with
-``--compile``, ``compiled`` (torch.compile of the dense one). Each makes both losses' values and
-the gradients of image, text and scale, of the same tensors. Every backend is compared with the
-float64 oracle first; if one is wrong, no time is printed.
+Without ``--rows`` a GPU runs the list of ``problems.gpu_plan``, most important first, until the
+budget is spent. Backends of the tables: ``torch`` and ``triton`` (``kdengine.losses``), ``eager``
+and ``compiled`` (the dense loss of ``problems.dense_loss``), ``oracle`` (``kdengine.reference``,
+on a CPU), ``open_clip`` (its ClipLoss and DistillClipLoss) and the peers of ``peers.py`` that can
+be imported. Each makes the objective's value and the gradients of image, text and scale, of the
+same tensors; every one is compared with float64 first, and one that is wrong gets a reason in
+place of a time.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common, floors, peers, problems, race  # noqa: E402
+from benchmarks.problems import OBJECTIVES, Inputs, Problem  # noqa: E402
+from benchmarks.race import Contender, Timed  # noqa: E402
 from kdengine import losses, reference  # noqa: E402
+from kdengine.ops import _backend  # noqa: E402
 
-Inputs = dict[str, Tensor]
-TEACHER_SCALE = 50.0
-PARITY_ROWS = 1024
-OBJECTIVES = {"InfoNCE": 0.0, "InfoNCE+CRD": 0.5}
-# relative errors of loss and gradients, worst allowed
-LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
-
-
-def make_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Random unit rows; student pairs agree weakly, as in the middle of a training."""
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(*means: Tensor) -> Tensor:
-        return F.normalize(sum(means, torch.randn(rows, width, generator=generator)), dim=1)
-
-    image, teacher_image = unit(), unit()
-    features = {
-        "image": image,
-        "text": unit(8 * image),
-        "teacher_image": teacher_image,
-        "teacher_text": unit(8 * teacher_image),
-    }
-    inputs = {name: x.to(device, dtype) for name, x in features.items()}
-    inputs["scale"] = torch.tensor(14.3, device=device)
-    for name in ("image", "text", "scale"):
-        inputs[name].requires_grad_()
-    return inputs
+# products of a dense loss, one a matrix forward and two of each learned one backward
+DENSE_UNITS = {"InfoNCE": 3, "InfoNCE+CRD": 4, "CRD": 4, "CLIP-KD": 8, "CLIP-KD raw": 8}
+# from here on only what stores no matrix, and no strips in float32 by the library
+HUGE_ROWS = 100_000
+# a problem is not started with less time than this
+LEAST_S = 15.0
+COLUMNS = ["backend", "fwd ms", "fwd+bwd ms", "p20-p80", "of floor", "executed", "TFLOP/s"]
+COLUMNS += ["peak MiB", "time vs eager", "vs compiled", "gradient error"]
 
 
-def similarity_loss(module, inputs: Inputs, soft: float) -> Tensor:
-    """The objective by ``losses`` or by ``reference``, whose calls are the same."""
-    teacher = {
-        "teacher_query": inputs["teacher_image"],
-        "teacher_key": inputs["teacher_text"],
-        "teacher_scale": TEACHER_SCALE,
-    }
-    return module.similarity_loss(
-        inputs["image"],
-        inputs["text"],
-        inputs["scale"],
-        **(teacher if soft else {}),
-        soft_rows=soft,
-        soft_cols=soft,
-    )
+def ours(problem: Problem, x: Inputs) -> list[Contender]:
+    """The backends that can run here; those of the interpreter are not for timing."""
+    objective = OBJECTIVES[problem.objective]
+    found = []
+    for name in sorted(n for op, n in _backend.MODULES if op == "similarity"):
+        too_slow = name == "torch" and problem.rows >= HUGE_ROWS
+        if too_slow or (name != "torch" and x["image"].device.type != "cuda"):
+            continue
+        reason = _backend.why_not("similarity", name, [x["image"]])
+        if reason:
+            print(f"  {name}: {reason}")
+            continue
 
+        def loss(backend: str = name) -> Tensor:
+            return problems.engine_loss(losses, x, objective, backend=backend)
 
-def open_clip_loss(inputs: Inputs, soft: float) -> Tensor:
-    """The objective by open_clip; its distillation loss has the teacher's entropy on top."""
-    from open_clip.loss import ClipLoss, DistillClipLoss
-
-    student = (inputs["image"], inputs["text"], inputs["scale"])
-    if not soft:
-        return ClipLoss()(*student)
-    teacher = (inputs["teacher_image"], inputs["teacher_text"], TEACHER_SCALE)
-    contrastive, distill = DistillClipLoss()(*student, *teacher)
-    return contrastive + 2 * soft * distill
-
-
-def backends(with_compile: bool) -> dict[str, Callable[[Inputs, float], Tensor]]:
-    """The contenders, ours first."""
-    found = {
-        "torch": lambda inputs, soft: similarity_loss(losses, inputs, soft),
-        "eager": lambda inputs, soft: similarity_loss(reference, inputs, soft),
-    }
-    try:
-        import open_clip.loss  # noqa: F401
-
-        found["open_clip"] = open_clip_loss
-    except ImportError:
-        print("open_clip is not installed: left out")
-    if with_compile:
-        found["compiled"] = torch.compile(found["eager"])
+        learned = problems.learned(problem, x)
+        found.append(Contender(name, loss, learned, ours=True, units=objective.units))
     return found
 
 
-def gradients(loss: Tensor, inputs: Inputs) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [inputs[x] for x in ("image", "text", "scale")]))
+def dense(problem: Problem, x: Inputs, with_compile: bool) -> list[Contender]:
+    """The dense loss, eager and compiled."""
+    objective, learned = OBJECTIVES[problem.objective], problems.learned(problem, x)
+
+    def contender(name: str, function: Callable[..., Tensor]) -> Contender:
+        units = DENSE_UNITS[problem.objective]
+        return Contender(name, lambda: function(x, objective), learned, units=units)
+
+    found = [contender("eager", problems.dense_loss)]
+    if x["image"].device.type != "cuda":
+        found.append(contender("oracle", functools.partial(problems.engine_loss, reference)))
+    if with_compile:
+        torch.compiler.reset()
+        compiled = torch.compile(problems.dense_loss, dynamic=False)
+        found.append(contender("compiled", compiled))
+    return found
 
 
-def check_parity(contenders: dict, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Exit unless every contender agrees with the oracle, on the same (rounded) features."""
-    inputs = make_inputs(PARITY_ROWS, width, dtype, device)
-    double = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    double |= {name: double[name].detach() for name in ("teacher_image", "teacher_text")}
-    for objective, soft in OBJECTIVES.items():
-        truth = similarity_loss(reference, double, soft)
-        true_gradients = gradients(truth, double)
-        loss_limit, gradient_limit = LIMITS[dtype]
-        for name, contender in contenders.items():
-            loss = contender(inputs, soft)
-            found = gradients(loss, inputs)
-            error = max(
-                ((x.double() - y).norm() / y.norm()).item()
-                for x, y in zip(found, true_gradients, strict=True)
-            )
-            # open_clip's soft cross-entropy is a constant above the divergence
-            loss_error = (
-                0.0 if name == "open_clip" and soft else abs(loss.item() / truth.item() - 1)
-            )
-            print(f"parity {objective}, {name}: loss {loss_error:.0e}, gradients {error:.0e}")
-            if loss_error > loss_limit or error > gradient_limit:
-                sys.exit(f"{name} is wrong: at most {loss_limit:.0e} and {gradient_limit:.0e}")
+def others(problem: Problem, x: Inputs, with_compile: bool) -> list[Contender]:
+    """open_clip, and the peers that can do the objective."""
+    fields = {"ours": [p for p in peers.PEERS if p.huge], "main": [], "all": peers.PEERS}
+    on_gpu = x["image"].device.type == "cuda"
+    low = problem.dtype == torch.bfloat16
+    wanted = list(fields[problem.field]) if on_gpu and low else []
+    found = []
+    public = [] if problem.field == "ours" else peers.open_clip_peers(with_compile)
+    for peer in [*public, *wanted]:
+        if problem.objective not in peer.objectives or peers.importable(peer.modules):
+            continue
+        learned = problems.learned(problem, x)
+        if not peer.learns_scale:
+            del learned["scale"]
+        # a soft cross-entropy is a constant above the divergence
+        same_value = peer not in public or not OBJECTIVES[problem.objective].soft
+        units = peer.units[peer.objectives.index(problem.objective)]
+
+        def loss(adapter: peers.Adapter = peer.loss) -> Tensor:
+            return adapter(problem, x)
+
+        form = Contender(peer.name, loss, learned, False, units, peer.has_forward, same_value)
+        found.append(form)
+    return found
 
 
-def measure(
-    contender: Callable[[Inputs, float], Tensor], inputs: Inputs, soft: float
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward without graph, and forward with backward."""
+def run_problem(
+    problem: Problem, options: argparse.Namespace, device: torch.device, journal: common.Journal
+) -> bool:
+    """Measure, print and write one problem; whether all of ours are right."""
+    identity = problem.identity
+    if journal.has({**identity, "backend": "timing"}) or journal.has_times(identity):
+        return True
+    kind = f"{problem.rows} x {problem.width}, scale {problem.scale:g}, {identity['dtype']}"
+    print(f"{problem.objective} {kind}", flush=True)
+    journal.start({**identity, "backend": "timing"})
+    where = common.machine(device)
+    inputs = problems.make_inputs(problem, device)
+    truth = problems.make_truth(problem, inputs)
+    with_compile = problem.compiled or options.compile
+    contenders = [*ours(problem, inputs), *others(problem, inputs, with_compile)]
+    if problem.field != "ours":
+        contenders += dense(problem, inputs, with_compile)
+    if options.backends:
+        contenders = [c for c in contenders if c.name in options.backends]
+    shown, reasons = race.race(
+        identity, contenders, truth, journal, device, problem.dtype, options.seconds, where
+    )
+    if shown:
+        unit_ms = floors.product_ms(problem.rows, problem.width, problem.dtype, device)
+        where |= common.gpu_state() if device.type == "cuda" else {}
+        rows = {c.name: describe(problem, c, shown, unit_ms) for c in contenders if c.name in shown}
+        for name, row in rows.items():
+            journal.add({**identity, "backend": name}, **row, truth=truth.source, **where)
+        title = f"{where['device']}, {problem.objective} {kind}, U = {unit_ms:.3g} ms"
+        common.show(title, COLUMNS, [cells(name, row) for name, row in rows.items()])
+    for name, reason in reasons.items():
+        print(f"  no time for {name}: {reason}", flush=True)
+    if device.type == "cuda" and problem.rows <= race.GRAPH_ROWS:
+        graphs(problem, [c for c in contenders if c.name in shown], options, device, journal, where)
+    journal.rest()
+    return not any(c.ours and c.name in reasons for c in contenders)
 
-    def forward() -> object:
-        with torch.no_grad():
-            return contender(inputs, soft)
 
-    return forward, lambda: gradients(contender(inputs, soft), inputs)
+def describe(
+    problem: Problem, contender: Contender, timed: dict[str, Timed], unit_ms: float
+) -> dict[str, Any]:
+    """The row of one contender: its own numbers, and its ratios within this run."""
+    own = timed[contender.name]
+    both, minimum = own.both.median_ms, OBJECTIVES[problem.objective].units
+    row: dict[str, Any] = {
+        "forward": own.forward and own.forward._asdict(),
+        "forward_backward": own.both._asdict(),
+        "unit_ms": unit_ms,
+        "minimum_units": minimum,
+        "executed_units": contender.units,
+        "share_minimum": minimum * unit_ms / both,
+        "share_executed": contender.units and contender.units * unit_ms / both,
+        "tflops": minimum * 2e-9 * problem.rows**2 * problem.width / both,
+        "peak_mib": round(own.peak_mib, 2),
+        "errors": own.errors,
+    }
+    for name in ("eager", "compiled"):
+        if name in timed:
+            row[f"time_vs_{name}"] = both / timed[name].both.median_ms
+            row[f"memory_vs_{name}"] = own.peak_mib / max(timed[name].peak_mib, 1e-9)
+    return row
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096])
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    """A row of the printed table."""
+
+    def ratio(key: str, form: str = ".2f") -> str:
+        return f"{row[key]:{form}}" if row.get(key) is not None else ""
+
+    both = row["forward_backward"]
+    worst = max(x for key, x in row["errors"].items() if key != "loss")
+    return [
+        name,
+        f"{row['forward']['median_ms']:.2f}" if row["forward"] else "",
+        f"{both['median_ms']:.2f}",
+        f"{both['p20_ms']:.2f}-{both['p80_ms']:.2f}",
+        ratio("share_minimum", ".0%"),
+        ratio("share_executed", ".0%"),
+        ratio("tflops", ".3g"),
+        f"{row['peak_mib']:.1f}",
+        ratio("time_vs_eager"),
+        ratio("time_vs_compiled"),
+        f"{worst:.0e}",
+    ]
+
+
+def graphs(
+    problem: Problem,
+    contenders: list[Contender],
+    options: argparse.Namespace,
+    device: torch.device,
+    journal: common.Journal,
+    where: dict[str, Any],
+) -> None:
+    """Rows of replayed CUDA graphs, ours and the dense loss's: a failed capture costs only them."""
+    for contender in contenders:
+        identity = {**problem.identity, "backend": f"{contender.name} graph"}
+        if not (contender.ours or contender.name == "eager") or journal.has(identity):
+            continue
+        journal.start(identity)
+        try:
+            spread = race.time_graph(contender, device, options.seconds / 4)
+        except Exception as error:
+            journal.add(identity, reason=race.in_one_line(error), **where)
+            print(f"  no time for {identity['backend']}: {race.in_one_line(error)}", flush=True)
+            if common.is_device_lost():
+                sys.exit(race.DEVICE_LOST)
+            continue
+        journal.add(identity, forward_backward=spread._asdict(), **where)
+        print(f"  {identity['backend']}: {spread.median_ms:.3f} ms", flush=True)
+
+
+def plan(options: argparse.Namespace, device: torch.device) -> list[Problem]:
+    """The problems asked for."""
+    if device.type == "cuda" and not options.rows:
+        return problems.gpu_plan()
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, options.dtype) if options.dtype else default
+    objectives = options.objective or ["InfoNCE", "InfoNCE+CRD"]
+    return [
+        Problem(objective, rows, options.width, options.scale, dtype)
+        for rows in options.rows or [1024, 4096]
+        for objective in objectives
+    ]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", help="batches; 1024 and 4096 on a CPU")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--scale", type=float, default=14.3)
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per table row, about")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a problem, about")
+    parser.add_argument("--budget-s", type=float, default=300.0, help="stop cleanly after this")
+    parser.add_argument("--backends", nargs="+", help="only these, by their names in the tables")
+    parser.add_argument("--compile", action="store_true", help="always time torch.compile too")
     parser.add_argument("--json", help="append one JSON line a row to this file")
-    return parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="go on behind the rows of that file")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse()
-    torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    contenders = backends(args.compile)
-    check_parity(contenders, args.width, dtype, device)
-    where = common.machine(device)
-    table = []
-    for rows in args.rows:
-        inputs = make_inputs(rows, args.width, dtype, device)
-        for objective, soft in OBJECTIVES.items():
-            runs = {name: measure(x, inputs, soft) for name, x in contenders.items()}
-            forward = common.time_interleaved(
-                {k: x[0] for k, x in runs.items()}, device, args.seconds
-            )
-            both = common.time_interleaved({k: x[1] for k, x in runs.items()}, device, args.seconds)
-            peak = {k: common.peak_bytes(x[1], device) for k, x in runs.items()}
-            for name in runs:
-                ratio = both[name].median_ms / both["eager"].median_ms
-                memory = peak[name] / peak["eager"]
-                row = {
-                    "benchmark": "similarity",
-                    "objective": objective,
-                    "rows": rows,
-                    "width": args.width,
-                    "dtype": args.dtype,
-                    "backend": name,
-                    "forward": forward[name]._asdict(),
-                    "forward_backward": both[name]._asdict(),
-                    "peak_mib": round(peak[name] / common.MIB, 2),
-                    "time_vs_eager": round(ratio, 3),
-                    "memory_vs_eager": round(memory, 4),
-                    **where,
-                }
-                common.append_json(args.json, row)
-                spread = f"{both[name].p20_ms:.0f}-{both[name].p80_ms:.0f}"
-                table.append(
-                    [f"{objective} {rows} x {args.width}", name]
-                    + [f"{forward[name].median_ms:.1f}", f"{both[name].median_ms:.1f}", spread]
-                    + [f"{peak[name] / common.MIB:.1f}", f"{ratio:.2f}", f"{memory:.3f}"]
-                )
-    columns = ["problem", "backend", "fwd ms", "fwd+bwd ms", "p20-p80", "peak MiB"]
-    title = f"{where['device']}, {args.dtype}, {args.threads} threads, {where['commit']}"
-    common.show(title, [*columns, "time vs eager", "memory vs eager"], table)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    end = time.perf_counter() + options.budget_s
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    journal = common.Journal(options.json, resume=options.resume)
+    if device.type == "cuda":
+        print(f"a product of 8192 in every direction: {floors.peak_tflops(device):.0f} TFLOP/s")
+        for peer in peers.PEERS:
+            if reason := peers.importable(peer.modules):
+                print(f"left out: {peer.name} ({reason})")
+    all_right = True
+    for problem in plan(options, device):
+        if end - time.perf_counter() < LEAST_S:
+            print("the time is up: the remaining problems are left out")
+            break
+        try:
+            all_right &= run_problem(problem, options, device, journal)
+        except Exception as error:
+            all_right = False
+            traceback.print_exc()
+            reason = race.in_one_line(error)
+            journal.add({**problem.identity, "backend": "timing"}, reason=reason)
+            if common.is_device_lost():
+                return race.DEVICE_LOST
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return 0 if all_right else race.WRONG
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

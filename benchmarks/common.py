@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark shares: interleaved timing, peak memory, the machine, tables, JSON lines."""
 
+import functools
 import gc
+import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -22,6 +25,14 @@ from rich.table import Table  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
+# larger than any L2 cache
+FLUSH_BYTES = 256 * MIB
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+PACKAGES = ("torch", "triton", "open_clip_torch")
+# what tells one row of a journal from another
+IDENTITY = ("benchmark", "objective", "case", "rows", "width", "teacher_width", "scale", "dtype")
+IDENTITY += ("backend",)
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 class Spread(NamedTuple):
@@ -37,15 +48,27 @@ def time_interleaved(
 ) -> dict[str, Spread]:
     """Time the variants in turn, so that a busy moment of the machine hits all of them.
 
-    Warm-up: each once. Then rounds of all until ``seconds`` have passed, at least five.
+    Warm-up: each for a twentieth of ``seconds``. Then rounds of all until ``seconds`` have passed,
+    at least five; at least three where five would take four times as long. In a round, a variant
+    that is much faster than the slowest runs up to six times.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
+    warm: dict[str, float] = {}
+    for name, run in variants.items():
+        end = time.perf_counter() + seconds / 20
         run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(len(x) for x in times.values()) < 5:
+        warm[name] = _time_ms(run, device)
+        while time.perf_counter() < end:
+            warm[name] = _time_ms(run, device)
+    slowest = max(warm.values(), default=0.0)
+    repeats = {name: max(1, min(6, int(slowest / (4 * x)))) for name, x in warm.items()}
+    start = time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        passed = time.perf_counter() - start
+        if number >= MIN_ROUNDS and passed >= seconds or number >= 3 and passed >= 4 * seconds:
+            break
         for name, run in variants.items():
-            times[name].append(_time_ms(run, device))
+            times[name] += [_time_ms(run, device) for _ in range(repeats[name])]
     return {name: _spread(values) for name, values in times.items()}
 
 
@@ -54,14 +77,19 @@ def _time_ms(run: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
-    # a buffer larger than the L2 cache, so that no variant finds its inputs there
-    torch.empty(256 * MIB, dtype=torch.int8, device=device).zero_()
+    # no variant finds its inputs in the L2 cache
+    _flush_buffer(device).zero_()
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()
     run()
     end_event.record()
     end_event.synchronize()
     return start_event.elapsed_time(end_event)
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
 def _spread(values: list[float]) -> Spread:
@@ -101,7 +129,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Everything a number depends on: commit, hardware, versions, threads."""
+    """Everything a number depends on: commit, hardware, versions, threads, state of the GPU."""
     is_gpu = device.type == "cuda"
     return {
         "commit": _commit(),
@@ -109,36 +137,124 @@ def machine(device: torch.device) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "open_clip_torch")},
+        **{name: version(name) for name in PACKAGES},
+        **({"cuda": torch.version.cuda, **gpu_state()} if is_gpu else {}),
     }
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks (MHz), temperature (C) and power (W) as nvidia-smi tells them; {} without."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = (x.strip() for x in done.stdout.splitlines()[0].split(","))
+    return dict(zip(SMI_FIELDS, values, strict=False))
+
+
+class Journal:
+    """A file of JSON lines, one a row, that survives the end of the process at any row.
+
+    ``start`` notes what is about to run. After a crash or a kill, the journal opened with
+    ``resume`` writes a row that says so and knows all rows, so that the next process goes on
+    behind it.
+    """
+
+    def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
+        self.path = Path(path) if path else None
+        self.known: set[tuple] = set()
+        self.timed: set[tuple] = set()
+        name = hashlib.sha256(str(self.path and self.path.resolve()).encode()).hexdigest()[:16]
+        # not beside the file, where it might be taken for a result
+        self.marker = Path(tempfile.gettempdir()) / f"kdengine-journal-{name}-{os.getuid()}"
+        if self.path and resume and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                self._know(json.loads(line))
+            if self.marker.exists():
+                identity = json.loads(self.marker.read_text())
+                self.add(identity, reason="the process crashed or hung here")
+        self.rest()
+
+    def has(self, identity: dict[str, Any]) -> bool:
+        """Whether there is a row of this identity."""
+        return _key(identity) in self.known
+
+    def has_times(self, identity: dict[str, Any]) -> bool:
+        """Whether a backend of this problem was timed; all rows of a problem come together."""
+        return _key({**identity, "backend": None}) in self.timed
+
+    def start(self, identity: dict[str, Any]) -> None:
+        """Note what runs from now on."""
+        if self.path:
+            self.marker.write_text(json.dumps(identity))
+
+    def rest(self) -> None:
+        """Note that nothing runs."""
+        self.marker.unlink(missing_ok=True)
+
+    def add(self, identity: dict[str, Any], **values: Any) -> None:
+        """Write the row of what was started."""
+        append_json(self.path, {**identity, **values})
+        self._know({**identity, **values})
+        self.rest()
+
+    def _know(self, row: dict[str, Any]) -> None:
+        self.known.add(_key(row))
+        if "forward_backward" in row:
+            self.timed.add(_key({**row, "backend": None}))
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def is_device_lost() -> bool:
+    """Whether an earlier error has made the GPU unusable for this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print one table."""
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left", box=None)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(160, Console().width)).print(table)
 
 
-def append_json(path: str | None, row: dict[str, Any]) -> None:
+def append_json(path: str | Path | None, row: dict[str, Any]) -> None:
     """Add one JSON line to a file, if one was asked for."""
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
+@functools.cache
 def _commit() -> str:
+    # a copy of the tree without its history is told by its maker
+    if "KDENGINE_COMMIT" in os.environ:
+        return os.environ["KDENGINE_COMMIT"]
+
     def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=REPOSITORY, capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *args], cwd=REPOSITORY, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    dirty = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return git("rev-parse", "--short", "HEAD") + dirty
+    commit = git("rev-parse", "--short", "HEAD")
+    is_clean = commit == "unknown" or not git("status", "--porcelain", "--untracked-files=no")
+    return commit if is_clean else f"{commit}+changes"
 
 
 def _cpu_name() -> str:
@@ -149,7 +265,8 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Installed version of a distribution; None without it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
