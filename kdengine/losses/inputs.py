@@ -56,16 +56,24 @@ def check_features(
     is_double = any(x.dtype == torch.float64 for x in everything)
     dtype = torch.float64 if is_double else torch.float32
     if normalize:
-        # in the losses' dtype: a low precision norm would cost the logits their accuracy
-        query, key = (F.normalize(x.to(dtype), dim=1) for x in (query, key))
-        queries = [F.normalize(x.to(dtype), dim=1) for x in queries]
-        keys = [F.normalize(x.to(dtype), dim=1) for x in keys]
+        query, key = (_unit_rows(x, dtype) for x in (query, key))
+        queries = [_unit_rows(x, dtype) for x in queries]
+        keys = [_unit_rows(x, dtype) for x in keys]
     number = check_scale(who, "scale", scale, query.device).to(dtype)
     numbers = [check_scale(who, "teacher_scale", r, query.device).to(dtype) for r in scales]
     for number_k in numbers:
         check_constant(who, teacher_scale=number_k)
     stacked = torch.stack(numbers) if numbers else number.new_empty(0)
     return Features(query, key, number, queries, keys, stacked.detach(), dtype)
+
+
+def _unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of length 1, from norms in the losses' dtype.
+
+    They are rounded to the dtype they came in, so that products of low precision features run at
+    the speed of that precision.
+    """
+    return F.normalize(x.to(dtype), dim=1).to(x.dtype)
 
 
 def check_pair(who: str, left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
