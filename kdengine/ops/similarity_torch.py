@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdengine.ops import similarity_shared
 from kdengine.ops._backend import statistics_dtype
 
 # strips in the workspace at a time
@@ -170,6 +171,12 @@ def forward(
     soft = [row_side] * soft_rows + [col_side] * soft_cols
     teachers = teachers if soft else []
     strips, z = cut(student, budget)
+    both = on_rows and on_cols and soft_rows == soft_cols and not means
+    if both and not z.is_cuda and min(len(labels), len(col_labels)) > 1:
+        if similarity_shared.are_pairs(labels, col_labels):
+            found = similarity_shared.forward([student, *teachers], strips, z, labels)
+            if found is not None:
+                return (*found, z.new_empty(0, key.shape[1]))
     work = torch.empty_like(z)
     temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
@@ -242,15 +249,20 @@ def backward(
     right = torch.zeros_like(student.right if need_key else student.right[:0])
     strips, z = cut(student, budget)
     g, work = torch.empty_like(z), torch.empty_like(z)
+    both = all(s.shape[-1] for s in statistics[:2]) and len(statistics[2]) == len(statistics[3])
+    shared = both and not z.is_cuda and similarity_shared.are_pairs(labels, col_labels)
+    shared = shared and similarity_shared.can_share(statistics)
+    if both:
+        sources = sources[: 1 + len(statistics[2])]
     grad_scale = left.new_zeros(() if need_scale else (0,))
     for strip in strips:
         here = slice(strip.stop - strip.start)
-        residual = g[here].zero_()
-        for k, source in enumerate(sources):
-            wanted = [pull for pull in (*row_pulls, *col_pulls) if pull.source == k]
-            logits = source.strip(strip, z) if wanted else z
-            for pull in wanted:
-                pull.add_to(residual, strip, logits, work[here])
+        if shared:
+            residual = similarity_shared.backward(
+                sources, strip, z, (g, work), labels, statistics, grads
+            )
+        else:
+            residual = add_pulls(sources, (*row_pulls, *col_pulls), strip, z, g[here], work[here])
         if need_left:
             torch.mm(residual, student.right, out=left[strip])
         if need_scale:
@@ -263,6 +275,24 @@ def backward(
         right.to(key.dtype) if need_key else key.new_empty(0),
         grad_scale.to(scale.dtype),
     )
+
+
+def add_pulls(
+    sources: Sequence[Product],
+    pulls: Sequence["Pull"],
+    strip: slice,
+    z: Tensor,
+    residual: Tensor,
+    work: Tensor,
+) -> Tensor:
+    """The gradient of one strip's logits, in ``residual``."""
+    residual.zero_()
+    for k, source in enumerate(sources):
+        wanted = [pull for pull in pulls if pull.source == k]
+        logits = source.strip(strip, z) if wanted else z
+        for pull in wanted:
+            pull.add_to(residual, strip, logits, work)
+    return residual
 
 
 class Pull(NamedTuple):
