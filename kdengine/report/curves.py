@@ -49,7 +49,10 @@ LOSSES = {
     "task": "InfoNCE on the pairs (task)",
     "crd": "Contrastive relational distillation (crd)",
     "fd": "Feature distillation (fd)",
+    "fd_sum": "Feature distillation, summed over the width (fd_sum)",
     "icl": "Interactive contrastive learning (icl)",
+    "gd": "Gradient distillation (gd)",
+    "afd": "Augmented feature distillation (afd)",
 }
 
 
@@ -85,7 +88,8 @@ def training_curves(runs: Sequence[Record]) -> list[Curve]:
     add("loss", "Training loss", "loss", hint=several if len(terms) > 1 else "")
     for name in terms:
         term = name.removeprefix("loss/")
-        unit = "mean squared error, unweighted" if term == "fd" else "nats, unweighted"
+        squared = {"fd": "mean squared error", "fd_sum": "squared error", "gd": "squared error"}
+        unit = f"{squared.get(term, 'nats')}, unweighted"
         add(name, LOSSES.get(term, f"Loss term {term}"), unit)
     add("lr", "Learning rate", "learning rate", from_zero=True, smooth=False)
     add("scale", "Scale of the logits", "exp(log scale)", smooth=False)
