@@ -271,7 +271,7 @@ def _positive_kernel(
     inside = here & (label >= 0) & (label < limit)
     k = tl.arange(0, BLOCK_K)
     left_at = left + items.to(tl.int64)[:, None] * WIDTH + k[None, :]
-    right_at = right + tl.where(inside, label, 0)[:, None] * WIDTH + k[None, :]
+    right_at = right + tl.where(inside, label, 0).to(tl.int64)[:, None] * WIDTH + k[None, :]
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
         mask = inside[:, None] & (start + k < WIDTH)[None, :]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses on a GPU: accuracy against the float64 oracle, no waiting, graphs, compilation."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -210,16 +211,27 @@ def test_feature_distance_is_accurate(mode, feature_backend, normalize) -> None:
     assert_accurate(mode, ours, oracle, student)
 
 
-def distillation(query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+def distillation(
+    query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor, backend: str
+) -> Tensor:
     """All losses of CLIP-KD on raw features, with a student as wide as its teacher."""
     image, text = teacher
-    shared = {"teacher_query": image, "teacher_key": text, "teacher_scale": 30.0}
     relational = losses.similarity_loss(
-        query, key, scale, **shared, soft_rows=0.5, soft_cols=0.5, normalize=True
+        *(query, key, scale),
+        teacher_query=image,
+        teacher_key=text,
+        teacher_scale=30.0,
+        soft_rows=0.5,
+        soft_cols=0.5,
+        normalize=True,
+        backend=backend,
     )
     x, y, u, v = (F.normalize(z, dim=1) for z in (query, key, image, text))
-    features = [losses.feature(a, b, normalize=True) for a, b in ((query, image), (key, text))]
-    return relational + losses.interactive_contrastive(x, y, scale, u, v) + 100 * sum(features)
+    distance = functools.partial(losses.feature, normalize=True, backend=backend)
+    interactive = losses.interactive_contrastive(x, y, scale, u, v, backend=backend)
+    inner = losses.gradient(x, y, scale, u, v, 30.0, backend=backend)
+    features = distance(query, image) + distance(key, text)
+    return relational + interactive + 100 * features + 1e3 * inner
 
 
 def batch(seed: int) -> list[Tensor]:
@@ -230,8 +242,10 @@ def batch(seed: int) -> list[Tensor]:
     return [*(x.requires_grad_() for x in learned), *features[2:]]
 
 
-def step(inputs: list[Tensor], loss_of: Callable[..., Tensor] = distillation) -> list[Tensor]:
-    loss = loss_of(*inputs)
+def step(
+    inputs: list[Tensor], backend: str, loss_of: Callable[..., Tensor] = distillation
+) -> list[Tensor]:
+    loss = loss_of(*inputs, backend=backend)
     return [loss, *torch.autograd.grad(loss, inputs[:3])]
 
 
@@ -240,46 +254,46 @@ def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
         assert true.norm() > 0 and (x - true).norm() <= 1e-5 * true.norm()
 
 
-def test_losses_never_wait_for_the_device() -> None:
+def test_losses_never_wait_for_the_device(backend: str) -> None:
     inputs = batch(0)
     # what happens once, such as the workspace of cuBLAS
-    step(inputs)
+    step(inputs, backend)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, *_ = step(inputs)
+        loss, *_ = step(inputs, backend)
         with pytest.raises(RuntimeError, match="synchroniz"):
             loss.item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_captured_losses_replay_on_new_numbers() -> None:
+def test_captured_losses_replay_on_new_numbers(backend: str) -> None:
     inputs = batch(0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(inputs)
+            step(inputs, backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(inputs)
-    old = step(inputs)
+        captured = step(inputs, backend)
+    old = step(inputs, backend)
     with torch.no_grad():
         for held, fresh in zip(inputs, batch(1), strict=True):
             held.copy_(fresh)
     graph.replay()
     torch.cuda.synchronize()
-    assert_near(captured, step(inputs))
+    assert_near(captured, step(inputs, backend))
     assert (captured[0] - old[0]).abs() > 1e-2 * old[0].abs()
 
 
-def test_losses_compile_to_one_graph() -> None:
+def test_losses_compile_to_one_graph(backend: str) -> None:
     pytest.importorskip("triton")
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("torch.compile needs a C compiler for the launchers of its kernels")
     inputs = batch(0)
     torch.compiler.reset()
     compiled = torch.compile(distillation, fullgraph=True)
-    assert_near(step(inputs, compiled), step(inputs))
+    assert_near(step(inputs, backend, compiled), step(inputs, backend))
