@@ -92,6 +92,14 @@ def tile_numbers(num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
     return first + program % in_group % height, program % in_group // height
 
 
+def _operand(x: Tensor) -> Tensor:
+    """Row-major, its rows and its first element at multiples of 16 bytes, as TMA wants them."""
+    padding = -x.shape[1] % (16 // x.itemsize)
+    x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
+    # a view into another buffer may begin anywhere
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 class Matrix(NamedTuple):
     """A similarity matrix ``scale * left @ right.T``, as kernels take it.
 
@@ -112,13 +120,7 @@ class Matrix(NamedTuple):
         if INTERPRETED and dtype == torch.bfloat16:
             # the interpreter cannot multiply it
             dtype = torch.float32
-        padding = -left.shape[1] % (16 // dtype.itemsize)
-        left, right = (
-            torch.nn.functional.pad(x.detach().to(dtype), (0, padding)).contiguous()
-            if padding
-            else x.detach().to(dtype).contiguous()
-            for x in (left, right)
-        )
+        left, right = (_operand(x.detach().to(dtype)) for x in (left, right))
         return Matrix(left, right, scale.detach().reshape(1))
 
     @property

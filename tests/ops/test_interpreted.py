@@ -331,6 +331,19 @@ def test_inputs_need_not_be_contiguous() -> None:
         torch.testing.assert_close(x, true_x, rtol=1e-6, atol=1e-6)
 
 
+def test_features_may_begin_anywhere_in_a_buffer() -> None:
+    p = single(raw_problem(20, 30))
+    buffer = torch.empty(p["query"].numel() + 1)
+    shifted = buffer[1:].view_as(p["query"]).copy_(p["query"])
+    assert shifted.data_ptr() % 16
+    for x, true_x in zip(
+        statistics(p | {"query": shifted}, ("key", "scale"), backend="triton", **SIDES["all"]),
+        statistics(p, ("key", "scale"), backend="triton", **SIDES["all"]),
+        strict=True,
+    ):
+        assert torch.equal(x, true_x)
+
+
 def test_float64_is_refused_by_name() -> None:
     x = unit(4, 3)
     with pytest.raises(RuntimeError, match="'triton' was asked for, but .*float64"):
