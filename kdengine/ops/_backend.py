@@ -35,8 +35,8 @@ logger = logging.getLogger("kdengine")
 def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
     """The module that runs ``op`` on these tensors.
 
-    ``auto`` takes the fastest backend for the device, and logs it once; a backend asked for by
-    name runs or raises.
+    ``auto`` takes ``torch``, until the others have been measured to be faster on some device, and
+    logs it once; a backend asked for by name runs or raises.
 
     Raises: ValueError for an unknown name; RuntimeError for a backend that cannot run, with why.
     """
@@ -57,8 +57,9 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
 def set_workspace(num_bytes: int) -> None:
     """Bound the workspace of the ops from now on, in this process, on every device.
 
-    Results, saved statistics and the float32 sum of the keys' gradient come on top. Less workspace
-    costs time: strips become too low to fill a GPU. Default: 640 MiB on a GPU, 32 MiB on a CPU.
+    Results, saved statistics and the float32 sum of the keys' gradient come on top, and a strip has
+    at least 128 rows on a GPU, 16 on a CPU. Less workspace costs time: strips become too low to
+    fill a GPU. Default: 640 MiB on a GPU, 32 MiB on a CPU.
 
     Raises: ValueError for less than 1 MiB.
     """

@@ -96,8 +96,10 @@ def _operand(x: Tensor) -> Tensor:
     """Row-major, its rows and its first element at multiples of 16 bytes, as TMA wants them."""
     padding = -x.shape[1] % (16 // x.itemsize)
     x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
-    # a view into another buffer may begin anywhere
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    # a view may begin anywhere, and a single row counts as contiguous whatever its stride
+    if x.data_ptr() % 16 == 0 and x.stride() == (x.shape[1], 1):
+        return x
+    return x.new_empty(x.shape).copy_(x)
 
 
 class Matrix(NamedTuple):

@@ -79,9 +79,12 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
                     yield name, dtype, blocks, _statistics_kernel, flags
                 continue
             student, soft = kind.startswith(("gradient", "dual", "residual")), False
-            soft = kind.startswith(("dual", "targets"))
+            soft = kind.startswith(("dual", "targets", "more_targets"))
             flags = {"ROWS": student, "COLS": student, "SOFT_ROWS": soft, "SOFT_COLS": soft}
-            flags |= {"RESIDUAL": kind.startswith("residual"), "EXACT": kind.endswith("_exact")}
+            flags |= {
+                "RESIDUAL": kind.startswith(("residual", "more")),
+                "EXACT": kind.endswith("_exact"),
+            }
             flags |= {"UNIT": student and dtype == "fp16"}
             yield kind, dtype, blocks, _gradient_kernel, flags
 

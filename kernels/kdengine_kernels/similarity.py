@@ -56,7 +56,7 @@ def forward(
         attended = attended[:, : key.shape[1]].contiguous()
         return row_stats, col_stats, teacher_rows, teacher_cols, attended
     # the student's own statistics come with the first sweep
-    for k, teacher in enumerate(teachers if soft_rows or soft_cols else [None]):
+    for k, teacher in enumerate(teachers if teachers and (soft_rows or soft_cols) else [None]):
         row_side = Side(
             row_labels,
             row_stats if on_rows and k == 0 else None,
@@ -113,8 +113,10 @@ def backward(
     )
     # without the columns that fill a width up
     return (
-        left[:, : query.shape[1]].to(query.dtype) if need_query else query.new_empty(0),
-        right[:, : key.shape[1]].to(key.dtype) if need_key else key.new_empty(0),
+        left[:, : query.shape[1]].to(query.dtype).contiguous()
+        if need_query
+        else query.new_empty(0),
+        right[:, : key.shape[1]].to(key.dtype).contiguous() if need_key else key.new_empty(0),
         grad_scale.to(scale.dtype),
     )
 

@@ -119,7 +119,8 @@ def gradients(
         own = g[: strip.end - first]
         if targets is not None:
             for k, teacher in enumerate(teachers):
-                _write("targets", None, teacher, targets if k else None, targets, strip)
+                kind, before = ("more_targets", targets) if k else ("targets", None)
+                _write(kind, None, teacher, before, targets, strip)
             _write("residual_gradient", student, None, targets, own, strip)
         elif teachers:
             _write("dual_gradient", student, teachers[0], None, own, strip)

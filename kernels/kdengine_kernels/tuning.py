@@ -25,7 +25,8 @@ class Config(NamedTuple):
 #   attend                        exponentials of rows, for a product with constant keys
 #   pulls                         both strips of the op gradient
 #   gradient, dual_gradient       the strip without and with a teacher in it
-#   targets, residual_gradient    the teacher's part alone, and the student added to it
+#   targets, more_targets         the first teacher's part alone, and further ones added to it
+#   residual_gradient             the student added to them
 # the same with "_exact" are what a raised flag asks for: rare, so safe rather than fast
 TABLE = {
     ("statistics", 2): Config(64, 256, 64, 8, 3),
@@ -46,6 +47,10 @@ TABLE = {
     ("dual_gradient_exact", 4): Config(64, 64, 32, 8, 3),
     ("targets", 2): Config(128, 256, 64, 8, 3),
     ("targets", 4): Config(64, 128, 32, 8, 3),
+    ("more_targets", 2): Config(64, 128, 64, 8, 3),
+    ("more_targets", 4): Config(64, 64, 32, 8, 3),
+    ("more_targets_exact", 2): Config(64, 128, 64, 8, 3),
+    ("more_targets_exact", 4): Config(64, 64, 32, 8, 3),
     ("targets_exact", 2): Config(64, 256, 64, 8, 3),
     ("targets_exact", 4): Config(64, 64, 32, 8, 3),
     ("residual_gradient", 2): Config(64, 128, 64, 8, 3),

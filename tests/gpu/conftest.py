@@ -2,6 +2,7 @@
 """Tests for a machine with one NVIDIA GPU (``pytest -m gpu``); elsewhere they say so and skip."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels_are_compiled() -> None:
+    """Kernels that were made for the interpreter would run on the CPU and test nothing here."""
+    assert os.environ.get("TRITON_INTERPRET") != "1", "run with TRITON_INTERPRET=0"
 
 
 @pytest.fixture(scope="session")

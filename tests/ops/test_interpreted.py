@@ -344,6 +344,19 @@ def test_features_may_begin_anywhere_in_a_buffer() -> None:
         assert torch.equal(x, true_x)
 
 
+def test_a_single_row_of_another_matrix_is_read_as_it_is() -> None:
+    """Its stride means nothing to torch, which calls it contiguous."""
+    whole = unit(3, 13).float()
+    row = whole[:1, :8]
+    key, labels = unit(5, 8).float(), torch.tensor([2])
+    found, _ = similarity(
+        *(row, key, torch.tensor(9.0), labels, torch.full((5,), -1)), cols=False, backend="triton"
+    )
+    z = 9.0 * row @ key.T
+    z[0, 2] = -torch.inf
+    torch.testing.assert_close(found.others, z.logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
 def test_float64_is_refused_by_name() -> None:
     x = unit(4, 3)
     with pytest.raises(RuntimeError, match="'triton' was asked for, but .*float64"):
