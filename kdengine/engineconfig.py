@@ -43,6 +43,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": config.train.precision == "amp_bf16",
             "dtype": "bfloat16",
+            # of these DeepSpeed would average gradients in bfloat16; plain data parallelism under
+            # autocast averages in fp32, and so do we
+            "lower_precision_safe_modules": [],
         },
         "zero_optimization": {
             "stage": stage,

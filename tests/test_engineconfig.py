@@ -36,6 +36,8 @@ def test_no_clipping_is_said_explicitly() -> None:
 def test_precision(precision, bf16, autocast) -> None:
     built = deepspeed_config(RunConfig(train=Train(precision=precision)), 1)
     assert (built["bf16"]["enabled"], built["torch_autocast"]["enabled"]) == (bf16, autocast)
+    # what stands in this list has its gradients averaged in bfloat16
+    assert built["torch_autocast"]["lower_precision_safe_modules"] == []
 
 
 def test_file_is_merged_over_ours(tmp_path: Path) -> None:
