@@ -83,9 +83,16 @@ def shifted_exp(x, shift):
 
 
 @triton.jit
-def tile_numbers(num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
+def tile_numbers(
+    num_rows,
+    num_cols,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Row and column of this program's tile; GROUP rows of tiles share columns within the cache."""
     program = tl.program_id(0)
+    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BLOCK_ROWS), tl.cdiv(num_cols, BLOCK_COLS)
     in_group = GROUP * num_col_tiles
     first = program // in_group * GROUP
     height = tl.minimum(num_row_tiles - first, GROUP)

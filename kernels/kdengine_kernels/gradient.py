@@ -55,11 +55,8 @@ def _pulls_kernel(
     PRECISION: tl.constexpr,
 ):
     """G = (P + Q) / 2 and dA = (P (H - row_mean) + Q (H - col_mean)) / 2, diagonals as given."""
-    num_row_tiles = tl.cdiv(end_row - first_row, BLOCK_ROWS)
-    num_col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
-    row_tile, col_tile = tile_numbers(num_row_tiles, num_col_tiles, GROUP)
-    row0 = first_row + row_tile * BLOCK_ROWS
-    col0 = col_tile * BLOCK_COLS
+    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     z = tl.load(scale).to(tl.float32) * tile_product(
         query,
         key,

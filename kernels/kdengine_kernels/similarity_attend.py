@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdengine_kernels.common import (
+    HEADROOM,
     LOG2E,
     Matrix,
     fixed_shift,
@@ -31,7 +32,7 @@ from kdengine_kernels.common import (
     tile_numbers,
     tile_product,
 )
-from kdengine_kernels.similarity_statistics import _combine_kernel
+from kdengine_kernels.similarity_statistics import _combine_kernel, row_others
 from kdengine_kernels.similarity_sweep import Side, positives, sweep
 from kdengine_kernels.tuning import Config, config
 
@@ -66,11 +67,8 @@ def _attend_kernel(
     """
     if (tl.load(flag) != 0) != EXACT:
         return
-    num_row_tiles = tl.cdiv(end_row - first_row, BLOCK_ROWS)
-    num_col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
-    row_tile, col_tile = tile_numbers(num_row_tiles, num_col_tiles, GROUP)
-    row0 = first_row + row_tile * BLOCK_ROWS
-    col0 = col_tile * BLOCK_COLS
+    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     s = tl.load(scale).to(tl.float32)
     z = s * tile_product(
         query,
@@ -89,9 +87,9 @@ def _attend_kernel(
     rows = row0 + tl.arange(0, BLOCK_ROWS)
     cols = col0 + tl.arange(0, BLOCK_COLS)
     row_here = rows < end_row
-    here = row_here[:, None] & (cols < num_cols)[None, :]
-    label = tl.load(labels + rows, mask=row_here, other=-1)
-    inside = here & (cols[None, :] != label[:, None])
+    col_here = cols < num_cols
+    here = row_here[:, None] & col_here[None, :]
+    inside = row_others(labels, rows, cols, row_here, col_here)
     if EXACT:
         a = tl.load(lse + rows, mask=row_here, other=0.0)
         e = tl.exp2((z - tl.where(a == float("-inf"), 0.0, a)[:, None]) * LOG2E)
@@ -130,7 +128,7 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
     attended = left.new_empty(left.shape, dtype=torch.float32)
     num_strips = triton.cdiv(num_rows, height)
     flags = torch.zeros(num_strips, dtype=torch.int32, device=left.device)
-    shift = (scale.float() - 60).clamp(min=0)
+    shift = (scale.float() - HEADROOM.value).clamp(min=0)
     for i, first in enumerate(range(0, num_rows, height)):
         end, flag = min(first + height, num_rows), flags[i : i + 1]
         part = slice(first, end)

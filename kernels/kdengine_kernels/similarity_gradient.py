@@ -137,11 +137,8 @@ def _gradient_kernel(
     """``out`` (end_row - first_row, num_cols) = [residual +] student's pulls - teacher's pulls."""
     if (tl.load(flag) != 0) != EXACT:
         return
-    num_row_tiles = tl.cdiv(end_row - first_row, BLOCK_ROWS)
-    num_col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
-    row_tile, col_tile = tile_numbers(num_row_tiles, num_col_tiles, GROUP)
-    row0 = first_row + row_tile * BLOCK_ROWS
-    col0 = col_tile * BLOCK_COLS
+    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     if SOFT_ROWS or SOFT_COLS:
         r = tl.load(teacher_scale).to(tl.float32)
         t = r * tile_product(

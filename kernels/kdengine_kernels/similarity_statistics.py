@@ -59,14 +59,14 @@ def _reduce(
 
 
 @triton.jit
-def _row_others(labels, rows, cols, row_here, col_here):
+def row_others(labels, rows, cols, row_here, col_here):
     """The cells of a tile that are not their row's positive."""
     label = tl.load(labels + rows, mask=row_here, other=-1)
     return row_here[:, None] & col_here[None, :] & (cols[None, :] != label[:, None])
 
 
 @triton.jit
-def _col_others(col_labels, rows, cols, row_here, col_here):
+def col_others(col_labels, rows, cols, row_here, col_here):
     """The cells of a tile that are not their column's positive."""
     label = tl.load(col_labels + cols, mask=col_here, other=-1)
     return row_here[:, None] & col_here[None, :] & (rows[:, None] != label[None, :])
@@ -111,11 +111,8 @@ def _statistics_kernel(
     if ONLINE:
         if tl.load(flag) == 0:
             return
-    num_row_tiles = tl.cdiv(end_row - first_row, BLOCK_ROWS)
-    num_col_tiles = tl.cdiv(num_cols, BLOCK_COLS)
-    row_tile, col_tile = tile_numbers(num_row_tiles, num_col_tiles, GROUP)
-    row0 = first_row + row_tile * BLOCK_ROWS
-    col0 = col_tile * BLOCK_COLS
+    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     s = tl.load(scale).to(tl.float32)
     z = s * tile_product(
         query,
@@ -139,11 +136,11 @@ def _statistics_kernel(
     if ROWS or COLS:
         e = shifted_exp(z, fixed_shift(s))
         if ROWS:
-            inside = _row_others(labels, rows, cols, row_here, col_here)
+            inside = row_others(labels, rows, cols, row_here, col_here)
             _reduce(row_out, row_slot, row_here, z, e, inside, z, z, 1, MEANS, ONLINE)
             row_out += (2 + MEANS) * row_slot
         if COLS:
-            inside = _col_others(col_labels, rows, cols, row_here, col_here)
+            inside = col_others(col_labels, rows, cols, row_here, col_here)
             _reduce(col_out, col_slot, col_here, z, e, inside, z, z, 0, MEANS, ONLINE)
             col_out += (2 + MEANS) * col_slot
     if SOFT_ROWS or SOFT_COLS:
@@ -165,10 +162,10 @@ def _statistics_kernel(
         q = shifted_exp(t, fixed_shift(r))
         # looked up again: masks that live through a product would take up registers
         if SOFT_ROWS:
-            inside = _row_others(labels, rows, cols, row_here, col_here)
+            inside = row_others(labels, rows, cols, row_here, col_here)
             _reduce(row_out, row_slot, row_here, t, q, inside, t - z, t, 1, 2, ONLINE)
         if SOFT_COLS:
-            inside = _col_others(col_labels, rows, cols, row_here, col_here)
+            inside = col_others(col_labels, rows, cols, row_here, col_here)
             _reduce(col_out, col_slot, col_here, t, q, inside, t - z, t, 0, 2, ONLINE)
 
 
