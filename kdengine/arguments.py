@@ -25,6 +25,7 @@ SHORT = {
     "--name": "--run.name",
     "--deepspeed-config": "--train.deepspeed-config",
 }
+MAY_BE_EMPTY = "--distill.distill-pretrained"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,16 @@ def _wrapped(text: str) -> str:
 def refuse_empty(words: Sequence[str]) -> None:
     """Refuse an empty word: as a folder it would mean the current one, and nothing else either.
 
+    Only among ``--distill.distill-pretrained`` it stands for a teacher that has none.
+
     Raises:
         ValueError: naming the option.
     """
+    given = ""
     for last, word in zip(["", *words], words, strict=False):
+        given = word.partition("=")[0].replace("_", "-") if word.startswith("--") else given
+        if given == MAY_BE_EMPTY:
+            continue
         if not word.strip() or (word.startswith("--") and word.endswith("=")):
             option = word if word.strip() else last
             where = option.rstrip("=") if option.startswith("--") else f"after {option!r}"

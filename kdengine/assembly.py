@@ -10,19 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kdengine import models
 from kdengine.config import RunConfig
-from kdengine.data import ViewSpec, build_loader, build_synthetic_loader, ensure_index
+from kdengine.data import build_loader, build_synthetic_loader, ensure_index
 from kdengine.data.progress import counted
 from kdengine.methods import needs_teacher, teacher_missing
-from kdengine.models import (
-    PreprocessSpec,
-    Student,
-    Teacher,
-    TowerSpec,
-    build_student,
-    build_teacher,
-)
+from kdengine.models import Student, TowerSpec
 from kdengine.ranks import Ranks
+from kdengine.teachers import LiveTeachers, Teachers, size, view
 
 
 class Data(NamedTuple):
@@ -39,32 +34,41 @@ class Data(NamedTuple):
     rows: dict[str, str]
 
 
-def build_models(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher | None]:
-    """The student, equal on all ranks, and the method's teacher on this rank's device.
+def build_student(config: RunConfig) -> Student:
+    """The student, equal on all ranks.
 
     Raises:
-        ValueError: the method needs a teacher and none is named, or a model cannot be built.
+        ValueError: it cannot be built, or not trained in the precision.
     """
-    student = build_student(
+    student = models.build_student(
         config.model.model,
         config.model.pretrained,
         grad_checkpointing=config.model.grad_checkpointing,
         seed=config.train.seed,
     )
     refuse_bf16_statistics(config.train.precision, config.model.model, student.tower)
+    return student
+
+
+def build_teachers(config: RunConfig, ranks: Ranks, student: TowerSpec) -> Teachers | None:
+    """The method's teachers, on this rank's device; None for a method without.
+
+    Raises:
+        ValueError: the method needs a teacher and none is named, or one cannot be built.
+    """
     if not needs_teacher(config.method.name):
-        return student, None
-    if config.distill.distill_model is None:
+        return None
+    named = config.distill.teachers()
+    if not named:
         raise teacher_missing(config.method.name)
     precision = config.distill.distill_precision
     low = precision == "bf16" or (precision == "auto" and config.train.precision != "fp32")
-    teacher = build_teacher(
-        config.distill.distill_model,
-        config.distill.distill_pretrained,
-        dtype=torch.bfloat16 if low else torch.float32,
-        device=ranks.device,
-    )
-    return student, teacher
+    dtype = torch.bfloat16 if low else torch.float32
+    built = [
+        models.build_teacher(model, pretrained, dtype=dtype, device=ranks.device)
+        for model, pretrained in named
+    ]
+    return LiveTeachers(built, student)
 
 
 def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> None:
@@ -84,23 +88,20 @@ def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> Non
 
 
 def build_data(
-    config: RunConfig, ranks: Ranks, student: TowerSpec, teacher: TowerSpec | None
+    config: RunConfig, ranks: Ranks, student: TowerSpec, teachers: Teachers | None
 ) -> Data:
     """The training loader and what it is about.
 
-    A batch holds ``image`` and ``tokens`` for the student, and ``teacher_image`` and
-    ``teacher_tokens`` where the teacher wants others.
+    A batch holds ``image`` and ``tokens`` for the student, and what the teachers want beside them.
 
     Raises:
         ValueError: no training data, or none of its samples is good.
     """
     views = {"image": view(student.preprocess)}
     tokenizers = {"tokens": student.tokenizer}
-    if teacher is not None:
-        if view(teacher.preprocess) != views["image"]:
-            views["teacher_image"] = view(teacher.preprocess)
-        if teacher.tokenizer != student.tokenizer:
-            tokenizers["teacher_tokens"] = teacher.tokenizer
+    if teachers is not None:
+        views |= teachers.views()
+        tokenizers |= teachers.tokenizers()
     device_id = ranks.local_rank if ranks.device.type == "cuda" else None
     shared: dict[str, Any] = {
         "views": views,
@@ -161,21 +162,6 @@ def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:
     return ranks.first_then_all(ensure, "index")
 
 
-def checksum(module: nn.Module) -> int:
-    """Sum of the bit patterns of a module's floating point weights: equal on any device."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sum(
-        int(x.detach().contiguous().view(integers[x.itemsize]).sum(dtype=torch.int64))
-        for x in module.state_dict().values()
-        if x.is_floating_point()
-    )
-
-
-def view(preprocess: PreprocessSpec) -> ViewSpec:
-    """What the loader must make of an image for a tower."""
-    return ViewSpec(size=preprocess.size, mean=preprocess.mean, std=preprocess.std)
-
-
 def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Length of the run in optimiser steps.
 
@@ -195,14 +181,14 @@ def header(
     config: RunConfig,
     ranks: Ranks,
     student: Student,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     steps_per_epoch: int,
     total: int,
 ) -> dict[str, str]:
     """Rows that say what is about to run."""
     rows = {"student": size(student.spec, student.tower)}
-    if teacher is not None:
-        rows["teacher"] = f"{size(teacher.spec, teacher.tower)}, frozen"
+    if teachers is not None:
+        rows |= teachers.rows()
     batch = config.train.batch_size
     rows["method"] = config.method.name
     rows["ranks"] = f"{ranks.world_size} on {ranks.device.type}"
@@ -210,11 +196,3 @@ def header(
     rows["steps"] = f"{total}, {steps_per_epoch} an epoch"
     rows["precision"] = f"{config.train.precision}, ZeRO stage {config.train.zero_stage}"
     return rows
-
-
-def size(spec: TowerSpec, tower: nn.Module) -> str:
-    """One model in a few words."""
-    millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
-    pixels = spec.preprocess.size
-    name = spec.name + (f" ({spec.pretrained})" if spec.pretrained else "")
-    return f"{name}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"

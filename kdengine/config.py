@@ -64,14 +64,30 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """The teacher; methods without one ignore it."""
+    """The teachers; methods without one ignore them."""
 
-    distill_model: str | None = None
-    """open_clip architecture, 'local-dir:PATH', or a JSON config file."""
-    distill_pretrained: str | None = None
-    """open_clip tag or checkpoint file of the teacher."""
+    distill_model: tuple[str, ...] = ()
+    """Teachers, one or several, each an open_clip architecture, 'local-dir:PATH', or a JSON config
+    file."""
+    distill_pretrained: tuple[str, ...] = ()
+    """Each teacher's open_clip tag or checkpoint file, '' for one that has none (local-dir);
+    nothing at all where none has one."""
     distill_precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the teacher's forward; 'auto' follows train.precision."""
+    """Precision of the teachers' forward; 'auto' follows train.precision."""
+
+    def __post_init__(self) -> None:
+        models, tags = self.distill_model, self.distill_pretrained
+        if tags and len(tags) != len(models):
+            raise ValueError(
+                "distill: expected distill_pretrained to be empty or as long as distill_model, "
+                f"got {list(tags)} for {list(models)}; give one for each teacher, '' where there "
+                "is none"
+            )
+
+    def teachers(self) -> list[tuple[str, str | None]]:
+        """Model and pretrained of each teacher."""
+        tags = self.distill_pretrained or ("",) * len(self.distill_model)
+        return [(model, tag or None) for model, tag in zip(self.distill_model, tags, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +335,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value in arguments and not isinstance(value, bool):
             return value
         raise ValueError(f"{where}: expected one of {list(arguments)}, got {value!r}")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is tuple and isinstance(value, list | tuple | str):
+        items = [value] if isinstance(value, str) else value
+        return tuple(_convert(arguments[0], item, where) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (type(value) is hint):

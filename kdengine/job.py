@@ -19,10 +19,11 @@ from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import Evaluator, parse_eval_sets
 from kdengine.log import RunLog
 from kdengine.methods import Distillation, build_method
-from kdengine.models import Teacher, TowerSpec
+from kdengine.models import TowerSpec
 from kdengine.optimizer import Buffers, adamw
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import Stop
+from kdengine.teachers import Teachers
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Job:
     folder: Path
     log: RunLog
     student: TowerSpec
-    teacher: Teacher | None
+    teachers: Teachers | None
     engine: Any
     loader: Any
     evaluator: Evaluator | None
@@ -82,20 +83,16 @@ def build(
     folder = Path(config.run.logs) / config.run.name
     resumed = checkpoint.starting_point(folder, config.run.resume, me)
     engine_config = deepspeed_config(config, me.world_size)
-    student, teacher = assembly.build_models(config, me)
-    loader, identity, data_rows = assembly.build_data(
-        config, me, student.spec, teacher.spec if teacher else None
-    )
-    identity |= {
-        "engine": engine_config,
-        "teacher": assembly.checksum(teacher.tower) if teacher else None,
-    }
+    student = assembly.build_student(config)
+    teachers = assembly.build_teachers(config, me, student.spec)
+    loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers)
+    identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
     cleanup.callback(loader.close)
     evaluator = build_evaluator(config, me, student.spec)
     total = assembly.num_steps(config, loader.steps_per_epoch)
     notes = checkpoint.check(resumed, config, me, identity) if resumed else []
-    rows = assembly.header(config, me, student, teacher, loader.steps_per_epoch, total)
-    engine = build_engine(config, me, student, teacher, engine_config)
+    rows = assembly.header(config, me, student, teachers, loader.steps_per_epoch, total)
+    engine = build_engine(config, me, student, teachers, engine_config)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.train.seed + me.rank)
     state = State()
@@ -112,7 +109,7 @@ def build(
         log.warn(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
         log.warn(note)
-    parts = (log, student.spec, teacher, engine, loader, evaluator)
+    parts = (log, student.spec, teachers, engine, loader, evaluator)
     counts = (identity, total, state, Buffers(engine.module))
     return Job(config, me, stop, heartbeat, folder, *parts, *counts)
 
@@ -132,7 +129,7 @@ def build_engine(
     config: RunConfig,
     me: Ranks,
     student: assembly.Student,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     engine_config: dict[str, Any],
 ) -> Any:
     """The DeepSpeed engine around student, heads and scales; equal weights on all ranks."""
@@ -142,7 +139,7 @@ def build_engine(
     method = build_method(
         config.method,
         student_width=student.spec.embed_dim,
-        teacher_width=teacher.spec.embed_dim if teacher else None,
+        teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
         group=me.group,
     )
     if config.train.torchcompile:

@@ -69,7 +69,7 @@ def train(job: Job) -> int:
 
 
 def run_step(job: Job, *, save: bool) -> Step:
-    """One batch through teacher and student, one update.
+    """One batch through teachers and student, one update.
 
     Communication: beside the engine's own and the losses', one all-reduce of the loss terms, the
     request to stop and the request to save; its result is read after the update, so that it costs
@@ -83,13 +83,9 @@ def run_step(job: Job, *, save: bool) -> Step:
     batch = next(job.loader)
     data_wait_s = time.perf_counter() - start
     job.heartbeat.at("computing")
-    teacher = None
-    if job.teacher is not None:
-        teacher = job.teacher(
-            batch.get("teacher_image", batch["image"]), batch.get("teacher_tokens", batch["tokens"])
-        )
+    teachers = job.teachers(batch) if job.teachers else ()
     job.buffers.keep()
-    loss, terms = engine(batch["image"], batch["tokens"], teacher)
+    loss, terms = engine(batch["image"], batch["tokens"], teachers)
     told = {"loss": loss.detach(), **terms}
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
     # a loss that is not finite must not leave finite gradients: NaN spreads to the norm of all

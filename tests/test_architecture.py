@@ -22,6 +22,7 @@ LINES = {
     "kdengine.engineconfig": 4,
     "kdengine.optimizer": 4,
     "kdengine.methods": 4,
+    "kdengine.teachers": 4,
     "kdengine.losses": 3,
     "kdengine.models": 3,
     "kdengine.data": 3,

@@ -8,6 +8,7 @@ import pytest
 
 from kdengine.arguments import option_names, parse, split
 from kdengine.config import (
+    Distill,
     Optim,
     RunConfig,
     Train,
@@ -99,6 +100,29 @@ def test_integers_are_good_floats_and_lists_good_tuples() -> None:
     assert config.optim.lr == 1.0 and config.eval.retrieval == ("a=b",)
 
 
+def test_a_text_is_a_tuple_of_one_as_old_runs_have_it(tmp_path: Path) -> None:
+    old = '[distill]\ndistill_model = "ViT-B-16"\ndistill_pretrained = "laion400m_e32"\n'
+    config = load_recipe(write(tmp_path, old))
+    assert config.distill.teachers() == [("ViT-B-16", "laion400m_e32")]
+    assert load_recipe(write(tmp_path, to_toml(config))) == config
+
+
+def test_several_teachers_on_the_command_line() -> None:
+    words = "--distill.distill-model local-dir:a ViT-B-16 --distill.distill-pretrained"
+    config = parse([*words.split(), "", "laion400m_e32", "--optim.lr", "1"])
+    assert config.distill.teachers() == [("local-dir:a", None), ("ViT-B-16", "laion400m_e32")]
+    config = parse(["--distill.distill-model", "local-dir:a", "local-dir:b"])
+    assert config.distill.teachers() == [("local-dir:a", None), ("local-dir:b", None)]
+    assert RunConfig().distill.teachers() == []
+
+
+@pytest.mark.parametrize("tags", [("x",), ("", "x", "")])
+def test_teachers_and_their_weights_are_of_one_number(tags: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\['A', 'B'\]; give one for each") as error:
+        Distill(distill_model=("A", "B"), distill_pretrained=tags)
+    assert str(list(tags)) in str(error.value)
+
+
 @pytest.mark.parametrize("words", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
 def test_the_launchers_rank_is_dropped(words: list[str]) -> None:
     recipe, rest = split([*words, "--recipe", "clip_kd", "--optim.lr", "1", "--deepspeed"])
@@ -175,7 +199,15 @@ def test_a_long_help_of_an_option_is_one_paragraph(
     assert min(map(len, lines[:-1])) > 70
 
 
-@pytest.mark.parametrize("words", [["--run.name", ""], ["--run.name="], ["--name", " "]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--run.name", ""],
+        ["--run.name="],
+        ["--name", " "],
+        ["--distill.distill-pretrained", "", "--run.name", ""],
+    ],
+)
 def test_an_empty_value_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(words)

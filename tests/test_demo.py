@@ -291,7 +291,7 @@ def test_the_recipes_differ_in_the_method_and_the_teacher_only(
         distilled.train,
     )
     assert alone.eval == distilled.eval
-    assert distilled.distill.distill_model == "local-dir:/demo/teacher/export"
+    assert distilled.distill.distill_model == ("local-dir:/demo/teacher/export",)
     assert (alone.method.name, distilled.method.name) == ("clip", "clip_kd")
 
 

@@ -73,17 +73,17 @@ def test_the_mask_leaves_with_an_error_and_leaves_no_weights() -> None:
 @pytest.mark.parametrize("mask_all", [False, True], ids=["fd alone", "all terms"])
 def test_the_root_module_masks_what_it_is_told(mask_all: bool) -> None:
     tower = vit()
-    root = Distillation(tower, ClipKD(64, 64, mask_ratio=0.5, mask_all=mask_all))
+    root = Distillation(tower, ClipKD(64, [64], mask_ratio=0.5, mask_all=mask_all))
     ratios: list[float] = []
     mask = tower.clip.visual.patch_dropout
     mask.register_forward_pre_hook(lambda module, _: ratios.append(module.ratio))
     width = tower.clip.text_projection.shape[1]
-    root.method = ClipKD(width, width, mask_ratio=0.5, mask_all=mask_all)
+    root.method = ClipKD(width, [width], mask_ratio=0.5, mask_all=mask_all)
     image = torch.randn(2, 3, *tower.clip.visual.image_size)
     tokens = torch.randint(1, 100, (2, tower.clip.context_length))
     teacher = root.student(image, tokens)
     ratios.clear()
-    loss, _ = root(image, tokens, type(teacher)(*(x.detach() for x in teacher)))
+    loss, _ = root(image, tokens, [type(teacher)(*(x.detach() for x in teacher))])
     loss.backward()
     assert ratios == ([0.5] if mask_all else [0.0, 0.5])
 
@@ -91,7 +91,7 @@ def test_the_root_module_masks_what_it_is_told(mask_all: bool) -> None:
 def test_only_vision_transformers_are_masked() -> None:
     tower = build_student("RN-Pico-64", seed=0).tower
     with pytest.raises(ValueError, match="mask_ratio: only open_clip's VisionTransformer"):
-        Distillation(tower, ClipKD(8, 8, mask_ratio=0.5))
+        Distillation(tower, ClipKD(8, [8], mask_ratio=0.5))
 
 
 def test_ratio_is_a_share() -> None:

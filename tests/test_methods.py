@@ -56,9 +56,9 @@ def extra_terms(
 @pytest.mark.parametrize("teacher_width", [8, 5], ids=["equal", "unequal"])
 def test_gd_and_afd_equal_autograd_with_all_gradients(teacher_width: int) -> None:
     weights = {"task": 0.0, "crd": 0.0, "fd": 0.0, "icl": 0.0, "gd": 1e3, "afd": 0.7}
-    method = ClipKD(8, teacher_width, **weights).double()
+    method = ClipKD(8, [teacher_width], **weights).double()
     student, teacher = leaves(features(8)), features(teacher_width, scale=30.0, seed=1)
-    terms = method(student, teacher)
+    terms = method(student, [teacher])
     heads = (method.image_head, method.text_head)
     fusions = (method.image_fusion, method.text_fusion)
     scale = method.fused_log_scale.exp()
@@ -75,7 +75,7 @@ def test_gd_and_afd_equal_autograd_with_all_gradients(teacher_width: int) -> Non
 
 def test_the_released_gradient_distillation_is_not_reproduced() -> None:
     with pytest.raises(ValueError, match="reference_quirks leaves gd out"):
-        ClipKD(8, 8, gd=1.0, reference_quirks=True)
+        ClipKD(8, [8], gd=1.0, reference_quirks=True)
 
 
 def released_terms(
@@ -106,9 +106,9 @@ def released_terms(
 @pytest.mark.parametrize("quirks", [False, True], ids=["paper", "released"])
 @pytest.mark.parametrize("teacher_width", [8, 5], ids=["equal", "unequal"])
 def test_clip_kd_equals_its_formulas_with_all_gradients(teacher_width: int, quirks: bool) -> None:
-    method = ClipKD(8, teacher_width, reference_quirks=quirks).double()
+    method = ClipKD(8, [teacher_width], reference_quirks=quirks).double()
     student, teacher = leaves(features(8)), features(teacher_width, scale=30.0, seed=1)
-    terms = method(student, teacher)
+    terms = method(student, [teacher])
     start = method.log_scale if quirks else method.log_scale.exp()
     heads = (method.image_head, method.text_head)
     expected = released_terms(student, teacher, start, heads)
@@ -123,10 +123,10 @@ def test_clip_kd_equals_its_formulas_with_all_gradients(teacher_width: int, quir
 
 
 def test_the_interactive_scale_starts_as_the_paper_or_the_code_has_it() -> None:
-    assert ClipKD(8, 8).interactive_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
-    quirky = ClipKD(8, 8, reference_quirks=True)
+    assert ClipKD(8, [8]).interactive_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
+    quirky = ClipKD(8, [8], reference_quirks=True)
     assert quirky.interactive_scale().item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
-    assert quirky.log_scales() == [] and len(ClipKD(8, 8).log_scales()) == 1
+    assert quirky.log_scales() == [] and len(ClipKD(8, [8]).log_scales()) == 1
 
 
 @pytest.mark.parametrize("name", ["task", "crd", "fd", "icl"])
@@ -134,7 +134,7 @@ def test_a_term_of_weight_zero_is_never_computed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = {"task": 1.0, "crd": 1.0, "fd": 2000.0, "icl": 1.0, name: 0.0}
-    method = ClipKD(8, 5, **weights).double()
+    method = ClipKD(8, [5], **weights).double()
     calls: list[dict[str, Any]] = []
 
     def spy(function: str) -> None:
@@ -148,7 +148,7 @@ def test_a_term_of_weight_zero_is_never_computed(
 
     for function in ("similarity_terms", "feature", "interactive_contrastive"):
         spy(function)
-    terms = method(features(8), features(5, seed=1))
+    terms = method(features(8), [features(5, seed=1)])
     assert name not in terms and name not in method.weights
     names = [call["function"] for call in calls]
     assert ("feature" in names) == (name != "fd")
@@ -171,7 +171,7 @@ def test_a_term_of_weight_zero_is_never_computed(
 def test_only_needed_heads_and_scales_are_created(
     weights: dict[str, float], width: int, heads: bool, scales: int
 ) -> None:
-    method = ClipKD(8, width, **weights)
+    method = ClipKD(8, [width], **weights)
     names = {name for name, _ in method.named_parameters()}
     assert ("image_head.weight" in names) == heads
     assert ("log_scale" in names) == bool(scales)
@@ -180,18 +180,18 @@ def test_only_needed_heads_and_scales_are_created(
 def test_a_teacher_that_wants_a_gradient_is_refused() -> None:
     teacher = leaves(features(5, seed=1))
     with pytest.raises(ValueError, match="requires a gradient; run the teacher under"):
-        ClipKD(8, 5).double()(leaves(features(8)), teacher)
+        ClipKD(8, [5]).double()(leaves(features(8)), [teacher])
 
 
 def test_all_weights_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="every weight is 0"):
-        ClipKD(8, 8, task=0, crd=0, fd=0, icl=0)
+        ClipKD(8, [8], task=0, crd=0, fd=0, icl=0)
 
 
 def test_clip_is_info_nce_alone() -> None:
     student = features(8)
     expected = released_terms(student, features(8), torch.tensor(1.0), (nn.Identity(),) * 2)
-    torch.testing.assert_close(Clip()(student, None)["task"], expected["task"])
+    torch.testing.assert_close(Clip()(student, ())["task"], expected["task"])
 
 
 class _Tower(nn.Module):
@@ -207,9 +207,9 @@ class _Tower(nn.Module):
 
 
 def test_the_root_module_weights_terms_and_logs_them_unweighted() -> None:
-    root = Distillation(_Tower(), ClipKD(8, 5).double())  # type: ignore[arg-type]
+    root = Distillation(_Tower(), ClipKD(8, [5]).double())  # type: ignore[arg-type]
     pair, teacher = features(8), features(5, seed=1)
-    loss, logged = root(pair.image, pair.text, teacher)
+    loss, logged = root(pair.image, pair.text, [teacher])
     expected = sum(w * logged[name] for name, w in root.method.weights.items())
     torch.testing.assert_close(loss.detach(), expected)
     assert set(logged) == {"task", "crd", "fd", "icl", "scale", "icl_scale"}
@@ -218,31 +218,31 @@ def test_the_root_module_weights_terms_and_logs_them_unweighted() -> None:
 
 
 def test_a_missing_teacher_is_refused_with_its_mend() -> None:
-    root = Distillation(_Tower(), ClipKD(8, 5))  # type: ignore[arg-type]
+    root = Distillation(_Tower(), ClipKD(8, [5]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--distill.distill-model"):
         root(features(8).image, features(8).text)
     with pytest.raises(ValueError, match="expected a teacher"):
-        build_method(config.Method(name="clip_kd"), student_width=8, teacher_width=None)
+        build_method(config.Method(name="clip_kd"), student_width=8, teacher_widths=())
 
 
 def test_build_method_passes_the_configured_weights() -> None:
     settings = config.Method(name="clip_kd", clip_kd=config.ClipKD(fd=0.0, crd=3.0))
-    method = build_method(settings, student_width=8, teacher_width=5)
+    method = build_method(settings, student_width=8, teacher_widths=[5])
     assert method.weights == {"task": 1.0, "crd": 3.0, "icl": 1.0}
     assert needs_teacher("clip_kd") and not needs_teacher("clip")
     assert isinstance(
-        build_method(config.Method(name="clip"), student_width=8, teacher_width=None), Clip
+        build_method(config.Method(name="clip"), student_width=8, teacher_widths=()), Clip
     )
 
 
 def _rank_gradients(rank: int, world_size: int, width: int) -> tuple[Tensor, list[Tensor]]:
     group = torch.distributed.group.WORLD if world_size > 1 else None
-    method = ClipKD(8, width, gd=1e3, afd=0.5, group=group).double()
+    method = ClipKD(8, [width], gd=1e3, afd=0.5, group=group).double()
     root = Distillation(_Tower(), method)  # type: ignore[arg-type]
     rows = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
     pair, teacher = features(8), features(width, scale=30.0, seed=1)
     own = Features(teacher.image[rows], teacher.text[rows], teacher.scale)
-    loss, _ = root(pair.image[rows], pair.text[rows], own)
+    loss, _ = root(pair.image[rows], pair.text[rows], [own])
     loss.backward()
     gradients = [p.grad for p in root.parameters() if p.grad is not None]
     for value in (loss.detach(), *gradients):
@@ -254,10 +254,10 @@ def _rank_gradients(rank: int, world_size: int, width: int) -> tuple[Tensor, lis
 
 @pytest.mark.parametrize("width", [8, 5], ids=["equal", "unequal"])
 def test_masked_feature_distillation_compares_the_masked_embedding(width: int) -> None:
-    method = ClipKD(8, width, mask_ratio=0.5).double()
+    method = ClipKD(8, [width], mask_ratio=0.5).double()
     student, teacher = features(8), features(width, scale=30.0, seed=1)
     masked = features(8, seed=2).image
-    plain, terms = method(student, teacher), method(student, teacher, masked)
+    plain, terms = method(student, [teacher]), method(student, [teacher], masked)
     hats = method.image_head(masked), method.text_head(student.text)
     expected = sum(
         F.mse_loss(F.normalize(a, dim=-1), F.normalize(b, dim=-1))
@@ -269,9 +269,9 @@ def test_masked_feature_distillation_compares_the_masked_embedding(width: int) -
 
 def test_fd_summed_over_the_width_has_a_name_and_a_weight_of_its_own() -> None:
     student, teacher = features(8), features(8, seed=1)
-    mean = ClipKD(8, 8, fd=2000.0).double()
-    total = ClipKD(8, 8, fd=2000.0 / 8, fd_reduction="sum").double()
-    one, other = mean(student, teacher)["fd"], total(student, teacher)["fd_sum"]
+    mean = ClipKD(8, [8], fd=2000.0).double()
+    total = ClipKD(8, [8], fd=2000.0 / 8, fd_reduction="sum").double()
+    one, other = mean(student, [teacher])["fd"], total(student, [teacher])["fd_sum"]
     torch.testing.assert_close(mean.weights["fd"] * one, total.weights["fd_sum"] * other)
     assert "fd" not in total.weights
 
@@ -283,7 +283,7 @@ def test_fd_summed_over_the_width_has_a_name_and_a_weight_of_its_own() -> None:
 )
 def test_a_mask_without_use_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClipKD(8, 8, mask_ratio=0.5, **options)
+        ClipKD(8, [8], mask_ratio=0.5, **options)
 
 
 @pytest.mark.parametrize("width", [8, 5], ids=["equal", "unequal"])

@@ -219,6 +219,30 @@ def test_dots_of_equal_results_lie_apart(tmp_path):
     assert len(places) == len(set(places)) == 3 * len(shares)
 
 
+def test_of_several_teachers_the_best_counts(tmp_path, pair):
+    taught = [make_run(tmp_path / f"teacher{i}", 0.1 * i) for i in (1, 2)]
+    names = [f"local-dir:{folder}/export" for folder in (*taught, tmp_path / "elsewhere")]
+    kd = {"distill": {"distill_model": names}, "method": {"name": "clip_kd"}}
+    student = make_run(tmp_path / "student", 0.05, **kd)
+    found = runs.read_runs([pair[0], student, *taught])
+    assert runs.teachers(found) == found[2:]
+    (pair,) = verdict.find_pairs(found, metrics.collect(found))
+    assert list(pair.teachers) == found[2:]
+    (top1,) = [m for m in metrics.collect(found) if m.key == "pets/zeroshot-top1"]
+    assert pair.closed(top1) == pytest.approx(0.05 / 0.2)
+
+
+def test_the_teacher_of_an_old_run_is_a_text(tmp_path):
+    teacher = make_run(tmp_path / "teacher")
+    kd = {"distill": {"distill_model": "ViT-B-32"}, "method": {"name": "clip_kd"}}
+    student = make_run(tmp_path / "student", **kd)
+    config = student / "config.toml"
+    text, changed = config.read_text(), f'"local-dir:{teacher}/export"'
+    config.write_text(text.replace('["ViT-B-32"]', changed))
+    assert changed in config.read_text()
+    assert runs.teachers_of(*(lambda r: (r[1], r))(runs.read_runs([teacher, student])))
+
+
 def test_several_pairs_have_a_mean(tmp_path):
     folders = []
     for seed, gain in enumerate((0.02, 0.04)):

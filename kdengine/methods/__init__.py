@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The papers' methods: one file each, all built by ``build_method``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch.distributed import ProcessGroup
@@ -32,7 +33,7 @@ def build_method(
     method: config.Method,
     *,
     student_width: int,
-    teacher_width: int | None,
+    teacher_widths: Sequence[int],
     group: ProcessGroup | None = None,
 ) -> Method:
     """Build the configured method.
@@ -40,7 +41,7 @@ def build_method(
     Args:
         method: the configuration; its field named like the method holds the method's own settings.
         student_width: width of the student's embeddings.
-        teacher_width: width of the teacher's, None without a teacher.
+        teacher_widths: width of each teacher's, empty without a teacher.
         group: the ranks that share a batch; None for one process.
 
     Raises:
@@ -48,6 +49,6 @@ def build_method(
     """
     if method.name == "clip":
         return Clip(group=group)
-    if teacher_width is None:
+    if not teacher_widths:
         raise teacher_missing(method.name)
-    return ClipKD(student_width, teacher_width, **asdict(method.clip_kd), group=group)
+    return ClipKD(student_width, teacher_widths, **asdict(method.clip_kd), group=group)

@@ -2,7 +2,7 @@
 """What a method is, and the one root module that the training engine sees."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -50,10 +50,11 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+        self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The unweighted scalar terms, one for each name in ``weights``.
 
+        ``teachers`` are in the order of the configuration; none where the method needs none.
         ``masked`` is the student's raw embedding [b, D] of masked images, with ``mask_ratio``.
 
         Further scalars, worth a place in the log, may stand beside them under other names.
@@ -75,13 +76,13 @@ class Distillation(nn.Module):
             install_mask(student.clip.visual)  # type: ignore[arg-type]
 
     def forward(
-        self, image: Tensor, tokens: Tensor, teacher: Features | None = None
+        self, image: Tensor, tokens: Tensor, teachers: Sequence[Features] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step's loss.
 
         Formula: ``loss = sum_k weights[k] * terms[k]``, the only place where terms are weighted.
 
-        Shapes: image [b, 3, S, S], tokens [b, context], teacher embeddings [b, E].
+        Shapes: image [b, 3, S, S], tokens [b, context], each teacher's embeddings [b, E].
 
         Returns:
             The loss of this rank's rows and columns, fp32, in nats (the mean over ranks is the
@@ -91,14 +92,14 @@ class Distillation(nn.Module):
         Raises:
             ValueError: the method needs a teacher and none was given.
         """
-        if self.method.needs_teacher and teacher is None:
+        if self.method.needs_teacher and not teachers:
             raise teacher_missing(type(self.method).__name__)
         ratio, mask_all = self.method.mask_ratio, self.method.mask_all
         student: Features = self.student(image, tokens, ratio if mask_all else 0.0)
         masked = None
         if ratio:
             masked = student.image if mask_all else self.student.encode_image(image, ratio)
-        terms: dict[str, Tensor] = self.method(student, teacher, masked)
+        terms: dict[str, Tensor] = self.method(student, teachers, masked)
         weighted = [weight * terms[name] for name, weight in self.method.weights.items()]
         logged = {name: term.detach() for name, term in terms.items()}
         logged["scale"] = student.scale.detach().squeeze()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain CLIP training, without a teacher (Radford et al. 2021)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -19,9 +21,9 @@ class Clip(Method):
         self.group, self.backend = group, backend
 
     def forward(
-        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+        self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The InfoNCE term, named ``task``; the teacher is ignored."""
+        """The InfoNCE term, named ``task``; teachers are ignored."""
         task = similarity_loss(
             student.image,
             student.text,

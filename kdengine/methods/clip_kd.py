@@ -29,6 +29,7 @@ are uniform and say nothing of the teacher; that is not reproduced.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class ClipKD(Method):
 
     Args:
         student_width: width of the student's embeddings.
-        teacher_width: width of the teacher's.
+        teacher_widths: width of each teacher's.
         task: weight of InfoNCE.
         crd: weight of contrastive relational distillation.
         fd: weight of feature distillation.
@@ -73,7 +74,7 @@ class ClipKD(Method):
     def __init__(
         self,
         student_width: int,
-        teacher_width: int,
+        teacher_widths: Sequence[int],
         *,
         task: float = 1.0,
         crd: float = 1.0,
@@ -106,6 +107,12 @@ class ClipKD(Method):
                 "ClipKD: the released MFD is FD, at the price of another pass; set mask_ratio to 0 "
                 f"with reference_quirks; {mask_ratio} came"
             )
+        if len(teacher_widths) != 1:
+            raise ValueError(
+                f"ClipKD: expected one teacher, got {len(teacher_widths)}; name one with "
+                "--distill.distill-model"
+            )
+        (teacher_width,) = teacher_widths
         self.fd_reduction = fd_reduction
         self.mask_ratio, self.mask_all = mask_ratio, mask_all
         self.reference_quirks = reference_quirks
@@ -124,7 +131,7 @@ class ClipKD(Method):
             self.fused_log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
 
     def forward(
-        self, student: Features, teacher: Features | None, masked: Tensor | None = None
+        self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The terms of nonzero weight.
 
@@ -132,7 +139,7 @@ class ClipKD(Method):
 
         Gradients: to the student's embeddings and scale, the heads, the fusions and their scales.
         """
-        assert teacher is not None
+        (teacher,) = teachers
         terms: dict[str, Tensor] = {}
         if "task" in self.weights or "crd" in self.weights:
             terms |= self._relational(student, teacher)

@@ -13,6 +13,7 @@ from kdengine.log import EVALUATIONS, METRICS, read
 
 CONFIG = "config.toml"
 FILES = (CONFIG, METRICS, EVALUATIONS)
+LOCAL = "local-dir:"
 # buffers of batch norms and masks in an exported state dict are no parameters
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "attn_mask")
 
@@ -57,6 +58,14 @@ class Record:
     def distilled(self) -> bool:
         """Whether the run learned from a teacher."""
         return bool(self.get("distill", "distill_model")) and self.get("method", "name") != "clip"
+
+    @property
+    def exports(self) -> list[Path]:
+        """The exported models that taught the run."""
+        named = self.get("distill", "distill_model") if self.distilled else []
+        names = named if isinstance(named, list) else [named]
+        folders = (str(n).removeprefix(LOCAL) for n in names if str(n).startswith(LOCAL))
+        return [Path(folder).resolve() for folder in folders]
 
 
 def points(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -139,18 +148,14 @@ def _records(path: Path, loss: str, notes: list[str]) -> list[dict[str, Any]]:
     return records
 
 
-def teacher_of(run: Record, runs: Sequence[Record]) -> Record | None:
-    """The run among ``runs`` whose exported student teaches ``run``."""
-    model = str(run.get("distill", "distill_model") or "")
-    if not run.distilled or not model.startswith("local-dir:"):
-        return None
-    folder = Path(model.removeprefix("local-dir:")).resolve()
-    return next((other for other in runs if other.export.resolve() == folder), None)
+def teachers_of(run: Record, runs: Sequence[Record]) -> list[Record]:
+    """The runs among ``runs`` whose exported students teach ``run``."""
+    return [other for other in runs if other.export.resolve() in run.exports]
 
 
 def teachers(runs: Sequence[Record]) -> list[Record]:
     """The runs that teach others; where all do, none counts as a teacher only."""
-    found = [teacher_of(run, runs) for run in runs]
+    found = [teacher for run in runs for teacher in teachers_of(run, runs)]
     chosen = [run for run in runs if any(run is teacher for teacher in found)]
     return chosen if len(chosen) < len(runs) else []
 

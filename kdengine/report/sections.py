@@ -108,8 +108,8 @@ def gains(pairs: Sequence[Pair], metrics: Sequence[Metric]) -> Html:
             cells.append(tag("td", tag("b", signed(mean_gain(pairs, metric) or 0.0))))
         rows.append(tag("tr", tag("th", metric.full, scope="row"), cells))
     hint = "Distilled minus undistilled, in points (ranks: in ranks, where less is better)."
-    if any(pair.teacher for pair in pairs):
-        hint += " Gap: share of the distance to the teacher that was closed."
+    if any(pair.teachers for pair in pairs):
+        hint += " Gap: share of the distance to the (best) teacher that was closed."
     return render(table(head, rows, "gains"), tag("p", hint, class_="hint"))
 
 

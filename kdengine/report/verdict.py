@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from kdengine.report.markup import Html, render, tag
 from kdengine.report.metrics import HEADLINES, Metric, best_runs, is_zero, signed
-from kdengine.report.runs import Record, baseline_of, teacher_of, teachers
+from kdengine.report.runs import Record, baseline_of, teachers, teachers_of
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A distilled run, its equal without teacher, and the teacher if it is on the page."""
+    """A distilled run, its equal without teacher, and those of its teachers that are shown too."""
 
     distilled: Record
     plain: Record
-    teacher: Record | None
+    teachers: Sequence[Record]
 
     @property
     def same_seed(self) -> bool:
@@ -30,15 +30,16 @@ class Pair:
         return None if with_ is None or without is None else metric.gain(with_, without)
 
     def closed(self, metric: Metric) -> float | None:
-        """Share of the distance to the teacher that distillation closed.
+        """Share of the distance to the teacher, the best of several, that distillation closed.
 
         None without a gain, or where the teacher is less than a point ahead.
         """
         gain = self.gain(metric)
-        if gain is None or gain <= 0 or metric.kind != "share" or self.teacher is None:
+        if gain is None or gain <= 0 or metric.kind != "share":
             return None
-        target = self.teacher.results.get(metric.key)
-        distance = metric.gain(target, self.plain.results[metric.key]) if target is not None else 0
+        found = [teacher.results.get(metric.key) for teacher in self.teachers]
+        plain = self.plain.results[metric.key]
+        distance = max((metric.gain(x, plain) for x in found if x is not None), default=0)
         return gain / distance if distance >= 1 else None
 
 
@@ -48,7 +49,7 @@ def find_pairs(runs: Sequence[Record], metrics: Sequence[Metric]) -> list[Pair]:
     for run in runs:
         plain = baseline_of(run, runs)
         if plain is not None:
-            pair = Pair(run, plain, teacher_of(run, runs))
+            pair = Pair(run, plain, teachers_of(run, runs))
             if any(pair.gain(metric) is not None for metric in metrics):
                 pairs.append(pair)
     return pairs

@@ -92,10 +92,10 @@ def test_products_of_a_loss(counter: Any, backend: str, loss: str, expected: int
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products_of_a_step_of_clip_kd(counter: Any, backend: str) -> None:
     """6 for InfoNCE + CRD in one sweep, 2 for each direction of ICL, none for FD."""
-    method = ClipKD(WIDTH, WIDTH, backend=backend)
+    method = ClipKD(WIDTH, [WIDTH], backend=backend)
     scale = torch.tensor([10.0], requires_grad=True)
     student = Features(unit(0).requires_grad_(), unit(1).requires_grad_(), scale)
     teacher = Features(unit(2), unit(3), torch.tensor([20.0]))
-    terms = method(student, teacher)
+    terms = method(student, [teacher])
     sum(terms[name] for name in method.weights).backward()
     assert counter() == pytest.approx(10)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers of a run: what they want of a batch, and what they say of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdengine.data import ViewSpec
+from kdengine.models import Features, PreprocessSpec, Teacher, TowerSpec
+
+T = TypeVar("T")
+
+
+class Teachers(Protocol):
+    """What training asks of its teachers, wherever their embeddings come from.
+
+    Attributes:
+        specs: what each teacher is, in the order of the configuration.
+    """
+
+    specs: Sequence[TowerSpec]
+
+    def views(self) -> dict[str, ViewSpec]:
+        """Images that a batch must hold beside the student's ``image``, by name."""
+
+    def tokenizers(self) -> dict[str, str]:
+        """Tokenizer ids of tokens that a batch must hold beside the student's ``tokens``."""
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Features, ...]:
+        """Each teacher's constant embeddings [b, E] of a batch, and its scale."""
+
+    def checksum(self) -> int:
+        """A number that changes with any teacher's weights and with their order."""
+
+    def rows(self) -> dict[str, str]:
+        """A line for each teacher in the run's header."""
+
+
+class LiveTeachers:
+    """Frozen models that embed each batch as it comes.
+
+    A teacher that wants what the student wants reads ``image`` and ``tokens``. Other views are
+    named ``teacher_image``, ``teacher_image_1``, ..., other tokens ``teacher_tokens``, ...; those
+    who want the same share one.
+
+    Args:
+        teachers: in the order of the configuration.
+        student: what the student is.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], student: TowerSpec) -> None:
+        self.specs: Sequence[TowerSpec] = [teacher.spec for teacher in teachers]
+        self._teachers = list(teachers)
+        self._views = {"image": view(student.preprocess)}
+        self._tokenizers = {"tokens": student.tokenizer}
+        self._keys = [
+            (
+                _key(self._views, view(spec.preprocess), "teacher_image"),
+                _key(self._tokenizers, spec.tokenizer, "teacher_tokens"),
+            )
+            for spec in self.specs
+        ]
+
+    def views(self) -> dict[str, ViewSpec]:
+        """Images that a batch must hold beside the student's ``image``, by name."""
+        return {name: wanted for name, wanted in self._views.items() if name != "image"}
+
+    def tokenizers(self) -> dict[str, str]:
+        """Tokenizer ids of tokens that a batch must hold beside the student's ``tokens``."""
+        return {name: wanted for name, wanted in self._tokenizers.items() if name != "tokens"}
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Features, ...]:
+        """Embed a batch by each teacher; see ``Teacher``."""
+        return tuple(
+            teacher(batch[image], batch[tokens])
+            for teacher, (image, tokens) in zip(self._teachers, self._keys, strict=True)
+        )
+
+    def checksum(self) -> int:
+        """Of one teacher its weights' ``checksum``; of several, their polynomial."""
+        total = 0
+        for teacher in self._teachers:
+            total = total * 1_000_003 + checksum(teacher.tower)
+        return total
+
+    def rows(self) -> dict[str, str]:
+        """A line for each teacher in the run's header."""
+        several = len(self._teachers) > 1
+        return {
+            f"teacher {i}" if several else "teacher": f"{size(t.spec, t.tower)}, frozen"
+            for i, t in enumerate(self._teachers, start=1)
+        }
+
+
+def _key(there: dict[str, T], wanted: T, name: str) -> str:
+    """The name of ``wanted``; it gets one, after ``name``, if it has none yet."""
+    for key, value in there.items():
+        if value == wanted:
+            return key
+    others = len(there) - 1
+    key = f"{name}_{others}" if others else name
+    there[key] = wanted
+    return key
+
+
+def checksum(module: nn.Module) -> int:
+    """Sum of the bit patterns of a module's floating point weights: equal on any device."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(
+        int(x.detach().contiguous().view(integers[x.itemsize]).sum(dtype=torch.int64))
+        for x in module.state_dict().values()
+        if x.is_floating_point()
+    )
+
+
+def view(preprocess: PreprocessSpec) -> ViewSpec:
+    """What the loader must make of an image for a tower."""
+    return ViewSpec(size=preprocess.size, mean=preprocess.mean, std=preprocess.std)
+
+
+def size(spec: TowerSpec, tower: nn.Module) -> str:
+    """One model in a few words."""
+    millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
+    pixels = spec.preprocess.size
+    name = spec.name + (f" ({spec.pretrained})" if spec.pretrained else "")
+    return f"{name}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"
