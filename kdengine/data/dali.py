@@ -4,8 +4,8 @@
     webdataset reader -> peek_image_shape -> window source -> image_slice -> resize -> normalise
 
 The graph is the same on CPU and GPU: with a device number the decoder is `mixed` and everything
-after it follows onto the GPU. The window source is one small function; a teacher cache replays
-its stored windows by passing another one.
+after it follows onto the GPU. The window source is one small function: it draws windows at random,
+or looks up those that were stored with a teacher's embeddings.
 
 Equality with open_clip's transforms (torchvision on Pillow images), same window: the mean absolute
 difference of an image is below 0.1 of 255 for nearly all photos (0.01 at 224 pixels). For this
@@ -37,11 +37,15 @@ from nvidia.dali import math as dali_math
 
 from kdengine.data.views import ViewSpec
 
+# windows of training: share of the image's area, width / height
+CROP_AREA, CROP_ASPECT = (0.9, 1.0), (3 / 4, 4 / 3)
+
 # the operators that a pipeline of the reader alone shares with the whole graph
 SOURCE_OPERATORS = ("reader", "source", "source_padded")
 
-# (shape of the image HWC, its source_info) -> (anchor, shape) of the window, both (rows, columns)
-WindowSource = Callable[[Any, Any], tuple[Any, Any]]
+# (shape of the image HWC, its source_info) -> (anchor, shape) of the window, both (rows, columns),
+# and the number of the view among the stored ones, int64 [1]
+WindowSource = Callable[[Any, Any], tuple[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,30 +69,62 @@ class RawBatch(NamedTuple):
     """One run of the pipeline.
 
     Shapes: views [b, 3, S, S] float32 on the pipeline's device; windows [b, 4] int64 on the CPU,
-    (top, left, height, width) in pixels of the stored image; sources, b times `tar:offset:name`.
+    (top, left, height, width) in pixels of the stored image; numbers [b] int64, which of the stored
+    views it is (0 for windows that were drawn); sources, b times `tar:offset:name`.
     """
 
     views: list[torch.Tensor]
     windows: np.ndarray
+    numbers: np.ndarray
     sources: list[str]
 
 
 def random_windows(seed: int) -> WindowSource:
-    """Windows of a random resized crop: area 0.9 to 1 of the image, aspect 3/4 to 4/3."""
+    """Windows of a random resized crop: see `CROP_AREA` and `CROP_ASPECT`."""
 
-    def draw(shape: Any, source: Any) -> tuple[Any, Any]:
+    def draw(shape: Any, source: Any) -> tuple[Any, Any, Any]:
         anchor, extent = fn.random_crop_generator(
-            shape, random_area=[0.9, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], seed=seed
+            shape, random_area=list(CROP_AREA), random_aspect_ratio=list(CROP_ASPECT), seed=seed
         )
-        return anchor, extent
+        return anchor, extent, anchor[0:1] * 0
 
     return draw
 
 
-def whole_images(shape: Any, source: Any) -> tuple[Any, Any]:
+def stored_windows(
+    find: Callable[[list[str], np.ndarray], np.ndarray], num_views: int, seed: int
+) -> WindowSource:
+    """Windows that were stored: of each sample one of `num_views`, drawn anew every time.
+
+    Args:
+        find: (`source_info` of n samples, numbers of views int64 [n]) -> windows int64 [n, 4]; it
+            is called in DALI's thread, some batches ahead.
+        num_views: stored views of a sample.
+        seed: of the draw, which is part of the pipeline's checkpoint.
+    """
+
+    def look_up(
+        sources: list[np.ndarray], numbers: list[np.ndarray]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        names = [source.tobytes().decode() for source in sources]
+        windows = find(names, np.concatenate(numbers).astype(np.int64))
+        return list(windows[:, :2]), list(windows[:, 2:])
+
+    def draw(shape: Any, source: Any) -> tuple[Any, Any, Any]:
+        values = list(range(num_views))
+        number = fn.random.uniform(values=values, shape=[1], dtype=types.INT64, seed=seed)
+        window: Any = fn.python_function(
+            source, number, function=look_up, num_outputs=2, batch_processing=True
+        )
+        return window[0], window[1], number
+
+    return draw
+
+
+def whole_images(shape: Any, source: Any) -> tuple[Any, Any, Any]:
     """Windows that cover the images."""
     extent = fn.cast(shape[0:2], dtype=types.INT64)
-    return extent * 0, extent
+    return extent * 0, extent, extent[0:1] * 0
 
 
 def _float(node: Any) -> Any:
@@ -168,7 +204,7 @@ def _graph(
 ) -> list[Any]:
     encoded, source = read(reader)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-    anchor, extent = windows(shape, source)
+    anchor, extent, number = windows(shape, source)
     image = fn.decoders.image_slice(
         encoded,
         anchor,
@@ -196,7 +232,7 @@ def _graph(
         for view in views
     ]
     window = fn.cast(fn.cat(anchor, extent, axis=0), dtype=types.INT64)
-    return [padded_source(source), window, *normalised]
+    return [padded_source(source), window, fn.cast(number, dtype=types.INT64), *normalised]
 
 
 def padded_source(source: Any) -> Any:
@@ -275,10 +311,11 @@ class ImagePipeline:
         if self._device_id is not None:
             # binds the buffers to the stream that uses them, so that DALI waits before reuse
             stream = torch.cuda.current_stream(self._device_id)
-        source, window, *views = self._pipeline.outputs(stream)
+        source, window, number, *views = self._pipeline.outputs(stream)
         return RawBatch(
             [torch.from_dlpack(view.as_tensor()) for view in views],
             np.array(window.as_array()),
+            np.array(number.as_array())[:, 0],
             decode_sources(source),
         )
 

@@ -12,8 +12,8 @@ from kdengine.data.summary import no_good_sample
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
-    from kdengine.data.dali import WindowSource
     from kdengine.data.index import DatasetIndex
+    from kdengine.data.replay import Replay
 
 
 def build_loader(
@@ -30,7 +30,8 @@ def build_loader(
     device_id: int | None = None,
     shuffle_buffer: int = 4096,
     caption: Literal["random", "first"] = "random",
-    window_source: WindowSource | None = None,
+    replay: Replay | None = None,
+    crop_seed: int | None = None,
 ) -> Loader:
     """A loader of the good samples of an index, decoded by DALI in background threads.
 
@@ -61,7 +62,10 @@ def build_loader(
         device_id: GPU for decoding and output, None for the CPU.
         shuffle_buffer: samples, still encoded, from which the next one is drawn.
         caption: one of a sample's captions at random, or always the first.
-        window_source: replaces the random windows of training; see `kdengine.data.dali`.
+        replay: in training, stored views in place of random windows, one of a sample's at random,
+            and what is stored with them in the batch.
+        crop_seed: in evaluation, random windows of training drawn with this seed, in place of the
+            centre.
 
     Memory: `shuffle_buffer` encoded images, and about four batches.
 
@@ -100,5 +104,6 @@ def build_loader(
         device_id=device_id,
         shuffle_buffer=shuffle_buffer,
         caption=caption,
-        window_source=window_source,
+        replay=replay,
+        crop_seed=crop_seed,
     )

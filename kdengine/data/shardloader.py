@@ -12,7 +12,7 @@ import abc
 import hashlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from kdengine.data.progress import counted
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
-    from kdengine.data.dali import ImagePipeline, RawBatch, ReaderSpec, WindowSource
+    from kdengine.data.dali import ImagePipeline, RawBatch, ReaderSpec
     from kdengine.data.index import DatasetIndex
+    from kdengine.data.replay import Replay
 
 
 class ShardLoader(Loader):
@@ -44,7 +45,8 @@ class ShardLoader(Loader):
         device_id: int | None,
         shuffle_buffer: int,
         caption: str,
-        window_source: WindowSource | None,
+        replay: Replay | None,
+        crop_seed: int | None,
     ) -> None:
         allow_open_files(len(index.shards))
         self._index = index
@@ -52,7 +54,7 @@ class ShardLoader(Loader):
         self._tables = {name: index.captions(key) for name, key in tokenizers.items()}
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._num_threads, self._seed, self._caption = num_threads, seed, caption
-        self._shuffle_buffer, self._window_source = shuffle_buffer, window_source
+        self._shuffle_buffer, self._replay, self._crop_seed = shuffle_buffer, replay, crop_seed
         self._device_id = device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         # a shard listed twice keeps the numbers of its first place
@@ -110,19 +112,25 @@ class ShardLoader(Loader):
         return self._first[tar] + int(local)
 
     def _batch(self, raw: RawBatch) -> Batch:
-        numbers = np.array([self._number(source) for source in raw.sources], np.int64)
+        numbers = self._numbers(raw.sources)
         batch = dict(zip(self._views, raw.views, strict=True))
         choice = self._choose(numbers)
         for name, table in self._tables.items():
             batch[name] = self._tensor(table.tokens(numbers, choice))
         batch["sample"] = self._tensor(numbers)
         batch["window"] = self._tensor(raw.windows)
+        if self._replay is not None:
+            stored = self._replay.rows(numbers, raw.numbers, choice)
+            batch |= {name: self._move(rows) for name, rows in stored.items()}
         return batch
 
-    def _choose(self, numbers: np.ndarray) -> np.ndarray | None:
+    def _numbers(self, sources: Sequence[str]) -> np.ndarray:
+        return np.array([self._number(source) for source in sources], np.int64)
+
+    def _choose(self, numbers: np.ndarray) -> np.ndarray:
         """A caption for each row, from (seed, step, row, sample) alone: nothing to save."""
         if self._caption == "first" or not self._tables:
-            return None
+            return np.zeros(len(numbers), np.int64)
         # all tables hold the same captions
         num_captions = next(iter(self._tables.values())).num_captions(numbers)
         rows = np.arange(len(numbers), dtype=np.uint64)
@@ -131,10 +139,12 @@ class ShardLoader(Loader):
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        dtype = torch.bool if tensor.dtype == torch.bool else torch.int64
+        return self._move(tensor.to(torch.bool if tensor.dtype == torch.bool else torch.int64))
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device_id is None:
-            return tensor.to(dtype)
-        return tensor.to(dtype).pin_memory().to(self._device, non_blocking=True)
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """Free threads, files and buffers. Tensors handed out stay valid."""
@@ -163,12 +173,17 @@ class TrainLoader(ShardLoader):
         return self._spec(self._rank, self._world_size, max(1, buffer))
 
     def _open(self) -> ImagePipeline:
-        from kdengine.data.dali import ImagePipeline
+        from kdengine.data.dali import ImagePipeline, derive_seed, stored_windows
 
-        options = self._pipeline_options()
-        return ImagePipeline(
-            self._reader(), self._specs, train=True, windows=self._window_source, **options
-        )
+        options, replay = self._pipeline_options(), self._replay
+        if replay is not None:
+
+            def find(sources: Sequence[str], views: np.ndarray) -> np.ndarray:
+                return replay.windows(self._numbers(sources), views)
+
+            seed = derive_seed(self._seed, 4, self._rank)
+            options["windows"] = stored_windows(find, replay.num_views, seed)
+        return ImagePipeline(self._reader(), self._specs, train=True, **options)
 
     def _next(self) -> Batch:
         if self.step and self.step % self.steps_per_epoch == 0:
@@ -190,6 +205,7 @@ class TrainLoader(ShardLoader):
             "seed": self._seed,
             "shuffle_buffer": self._shuffle_buffer,
             "caption": self._caption,
+            "stored views": self._replay and self._replay.digest,
             "sizes": sorted(view.size for view in self._views.values()),
             "device": self._device.type,
         }
@@ -230,10 +246,13 @@ class EvalLoader(ShardLoader):
         return self._spec(*self._part, shuffle_buffer=0)
 
     def _open(self) -> ImagePipeline:
-        from kdengine.data.dali import ImagePipeline
+        from kdengine.data.dali import ImagePipeline, random_windows
 
         options = {**self._pipeline_options(), "num_batches": self.steps_per_epoch}
-        return ImagePipeline(self._reader(), self._specs, train=False, **options)
+        crops = self._crop_seed is not None
+        if self._crop_seed is not None:
+            options["windows"] = random_windows(self._crop_seed)
+        return ImagePipeline(self._reader(), self._specs, train=crops, **options)
 
     def __iter__(self) -> Loader:
         self.close()
