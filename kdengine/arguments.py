@@ -13,10 +13,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal, TypeVar
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from kdengine.config import RunConfig, load_recipe, recipe_names
 
@@ -25,11 +25,12 @@ SHORT = {
     "--name": "--run.name",
     "--deepspeed-config": "--train.deepspeed-config",
 }
+L = TypeVar("L", bound="Line")
 MAY_BE_EMPTY = "--distill.distill-pretrained"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Line:
+class Line:
     """--section.key VALUE overrides the recipe; below are the values without that."""
 
     recipe: Annotated[
@@ -47,6 +48,20 @@ class _Line:
     deepspeed_config: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Also --deepspeed_config; short for --train.deepspeed-config."""
     config: Annotated[RunConfig, arg(name="")] = RunConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheLine(Line):
+    """What 'kdengine cache' takes beside the options of a run."""
+
+    out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="(required)")]
+    """Folder of the cache; one that is there is gone on with."""
+    views: Annotated[int, arg(metavar="INT")] = 4
+    """Random crops of every image to store; training draws one of them at each step."""
+    storage: Literal["fp32", "bf16", "int8"] = "bf16"
+    """How embeddings are stored; the error of each is measured and told."""
+    batch_size: Annotated[int, arg(metavar="INT")] = 256
+    """Images or captions in a forward pass of the teachers, on each rank."""
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -79,7 +94,12 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/train.py") -> RunConfig:
-    """Turn command-line words into a RunConfig.
+    """The configuration of a run, from the words of its command line; see ``parse_line``."""
+    return parse_line(Line, argv, description, prog).config
+
+
+def parse_line(line: type[L], argv: Sequence[str], description: str, prog: str) -> L:
+    """Turn command-line words into the options of a run, and what ``line`` has beside them.
 
     Without ``--recipe`` every field starts from its default. ``--help`` prints all fields with the
     values that the recipe gives them. What is wrong is printed with its mend, and the process
@@ -89,7 +109,7 @@ def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/trai
         refuse_empty(argv)
         recipe, rest = split(argv)
         default = _one_length(load_recipe(recipe) if recipe else RunConfig(), rest)
-        unknown = _unknown(rest)
+        unknown = _unknown(rest, option_names(line))
         if unknown:
             raise ValueError(unknown)
     except (ValueError, FileNotFoundError) as error:
@@ -99,8 +119,9 @@ def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/trai
         # tyro breaks no line of a description
         print(_wrapped(description.strip()), end="\n\n")
     try:
-        # what _Line names beside the configuration has been taken out or spelled out by now
-        return tyro.cli(_Line, prog=prog, default=_Line(config=default), args=rest).config
+        # what Line names beside the configuration has been taken out or spelled out by now
+        start = line(**dict.fromkeys(_required(line), tyro.MISSING), config=default)
+        return tyro.cli(line, prog=prog, default=start, args=rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -150,9 +171,14 @@ def _one_length(config: RunConfig, words: Sequence[str]) -> RunConfig:
     return dataclasses.replace(config, train=train)
 
 
-def _unknown(words: Sequence[str]) -> str | None:
+def _required(line: type[Line]) -> list[str]:
+    """Fields without a default: positional words."""
+    fields = dataclasses.fields(line)
+    return [field.name for field in fields if field.default is dataclasses.MISSING]
+
+
+def _unknown(words: Sequence[str], known: Sequence[str]) -> str | None:
     """Name the first option that no field has, with the nearest one that exists."""
-    known = option_names()
     for word in words:
         if not re.match(r"--[A-Za-z]", word):
             continue
@@ -164,9 +190,11 @@ def _unknown(words: Sequence[str]) -> str | None:
     return None
 
 
-def option_names() -> list[str]:
-    """Every option of the command line, in the order of the configuration."""
-    names: list[str] = []
+def option_names(line: type[Line] = Line) -> list[str]:
+    """Every option of the command line but the short ones, in the order of the configuration."""
+    own = [field.name for field in dataclasses.fields(line)]
+    shared = {field.name for field in dataclasses.fields(Line)} | set(_required(line))
+    names = [f"--{name.replace('_', '-')}" for name in own if name not in shared]
 
     def visit(value: object, prefix: str) -> None:
         for name in value.__dataclass_fields__:  # type: ignore[attr-defined]

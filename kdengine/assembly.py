@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdengine import models
+from kdengine.cache import CachedTeachers, Store, check_teachers
 from kdengine.config import RunConfig
 from kdengine.data import build_loader, build_synthetic_loader, ensure_index
 from kdengine.data.progress import counted
@@ -58,17 +59,53 @@ def build_teachers(config: RunConfig, ranks: Ranks, student: TowerSpec) -> Teach
     """
     if not needs_teacher(config.method.name):
         return None
+    store = open_cache(config, ranks)
+    if store is not None and not config.distill.cache_live:
+        return CachedTeachers(store, teacher_dtype(config), ranks.device)
+    return LiveTeachers(load_teachers(config, ranks), student, store)
+
+
+def load_teachers(config: RunConfig, ranks: Ranks) -> list[models.Teacher]:
+    """The configured teachers, on this rank's device.
+
+    Raises:
+        ValueError: none is named, or one cannot be built.
+    """
     named = config.distill.teachers()
     if not named:
         raise teacher_missing(config.method.name)
-    precision = config.distill.distill_precision
-    low = precision == "bf16" or (precision == "auto" and config.train.precision != "fp32")
-    dtype = torch.bfloat16 if low else torch.float32
-    built = [
+    dtype = teacher_dtype(config)
+    return [
         models.build_teacher(model, pretrained, dtype=dtype, device=ranks.device)
         for model, pretrained in named
     ]
-    return LiveTeachers(built, student)
+
+
+def teacher_dtype(config: RunConfig) -> torch.dtype:
+    """In which precision teachers compute and hand out embeddings."""
+    precision = config.distill.distill_precision
+    low = precision == "bf16" or (precision == "auto" and config.train.precision != "fp32")
+    return torch.bfloat16 if low else torch.float32
+
+
+def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
+    """The configured cache, once it is known to be of the configured teachers; None without one.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be used, or is of other teachers.
+    """
+    distill = config.distill
+    if distill.cache is None:
+        return None
+    store = Store(distill.cache, with_rows=not distill.cache_live)
+
+    def check() -> None:
+        # one rank is enough: this may read the whole file of the weights
+        if ranks.first:
+            check_teachers(store.manifest, distill.teachers())
+
+    ranks.first_then_all(check, "cache")
+    return store
 
 
 def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> None:
@@ -112,12 +149,19 @@ def build_data(
         "seed": config.train.seed,
         "device_id": device_id,
     }
+    replay = teachers.replay if teachers else None
     if config.data.dataset_type == "synthetic":
+        if replay is not None:
+            raise ValueError(
+                "distill.cache: synthetic data is in no cache; give --data.train-data, or no cache"
+            )
         num_samples = config.data.train_num_samples
         loader = build_synthetic_loader(num_samples, **shared)
         identity = {"num_samples": num_samples, "shards": "synthetic"}
         return Data(loader, identity, {"samples": f"{num_samples} (synthetic)"})
     index = open_index(config, ranks, sorted(set(tokenizers.values())))
+    if replay is not None:
+        replay.attach(index)
     loader = build_loader(
         index,
         **shared,
@@ -125,6 +169,7 @@ def build_data(
         num_threads=config.data.workers,
         shuffle_buffer=config.data.shuffle_buffer,
         caption=config.data.caption,
+        replay=replay,
     )
     rows = {
         "samples": f"{index.num_samples} in {counted(len(index.shards), 'shard')}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``kdengine`` command: index, pack, train, eval, export, report, demo."""
+"""The ``kdengine`` command: index, pack, cache, train, eval, export, report, demo."""
 
 import sys
 import tempfile
@@ -228,8 +228,20 @@ def train(words: Positional[tuple[str, ...]], /) -> int:
     return command(list(words))
 
 
+def cache(words: Positional[tuple[str, ...]], /) -> int:
+    """Run teachers once over the data of a recipe, for trainings that then load no teacher.
+
+    Args:
+        words: Folder of the cache, --recipe and options; 'kdengine cache --help' lists them.
+    """
+    from kdengine.precompute import command
+
+    return command(list(words))
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
+    "cache": cache,
     "index": index,
     "pack": pack,
     "eval": evaluate,
@@ -295,8 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what the user can mend is one line and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["train"]:  # its options are those of a run, parsed over there
+        # their options are those of a run, parsed over there
+        if words[:1] == ["train"]:
             return train(tuple(words[1:]))
+        if words[:1] == ["cache"]:
+            return cache(tuple(words[1:]))
         arguments.refuse_empty(words)
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="kdengine", description=DESCRIPTION, args=words

@@ -74,8 +74,15 @@ class Distill:
     nothing at all where none has one."""
     distill_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the teachers' forward; 'auto' follows train.precision."""
+    cache: str | None = None
+    """Folder that 'kdengine cache' made: train on its crops, with the embeddings stored for them;
+    no teacher is loaded, and none needs to be named."""
+    cache_live: bool = False
+    """Train on the crops of the cache, but run the teachers all the same: to compare."""
 
     def __post_init__(self) -> None:
+        if self.cache_live and self.cache is None:
+            raise ValueError("distill: cache_live needs a cache, got none; give --distill.cache")
         models, tags = self.distill_model, self.distill_pretrained
         if tags and len(tags) != len(models):
             raise ValueError(

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,8 @@ LOST_SECONDS = 120.0
 FAREWELL_SECONDS = 5.0
 PHASES = ("starting", "evaluating", "saving", "loading data", "computing", "updating")
 T = TypeVar("T")
+# the counters of a process without a group
+_COUNTS: Counter[str] = Counter()
 
 
 class FirstFailed(RuntimeError):
@@ -79,6 +82,13 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def count(self, name: str, more: int) -> int:
+        """Add to a counter that all ranks share, which starts at 0; returns what it is then."""
+        if dist.is_initialized():
+            return _store().add(f"kdengine/count/{name}", more)
+        _COUNTS[name] += more
+        return _COUNTS[name]
 
     def first_then_all(self, work: Callable[[], T], name: str) -> T:
         """Run ``work()`` on rank 0 and, when it is done, on the others.

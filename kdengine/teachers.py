@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdengine.data import ViewSpec
+from kdengine.data import Replay, ViewSpec
 from kdengine.models import Features, PreprocessSpec, Teacher, TowerSpec
 
 T = TypeVar("T")
@@ -18,9 +18,11 @@ class Teachers(Protocol):
 
     Attributes:
         specs: what each teacher is, in the order of the configuration.
+        replay: stored views that the loader must replay; None draws crops anew.
     """
 
     specs: Sequence[TowerSpec]
+    replay: Replay | None
 
     def views(self) -> dict[str, ViewSpec]:
         """Images that a batch must hold beside the student's ``image``, by name."""
@@ -48,9 +50,13 @@ class LiveTeachers:
     Args:
         teachers: in the order of the configuration.
         student: what the student is.
+        replay: embed the crops of this cache, not new ones.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], student: TowerSpec) -> None:
+    def __init__(
+        self, teachers: Sequence[Teacher], student: TowerSpec, replay: Replay | None = None
+    ) -> None:
+        self.replay = replay
         self.specs: Sequence[TowerSpec] = [teacher.spec for teacher in teachers]
         self._teachers = list(teachers)
         self._views = {"image": view(student.preprocess)}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kdengine.data.index import DatasetIndex, ShardIndex, ensure_index
     from kdengine.data.loader import build_loader
     from kdengine.data.packing import PackReport, pack
+    from kdengine.data.replay import Replay
     from kdengine.data.summary import summary_table
     from kdengine.data.synthetic import build_synthetic_loader
     from kdengine.data.views import ViewSpec
@@ -21,6 +22,7 @@ __all__ = [
     "DatasetIndex",
     "Loader",
     "PackReport",
+    "Replay",
     "ShardIndex",
     "ViewSpec",
     "build_loader",
@@ -39,6 +41,7 @@ _HOMES = {
     "build_synthetic_loader": "synthetic",
     "PackReport": "packing",
     "pack": "packing",
+    "Replay": "replay",
     "summary_table": "summary",
     "ViewSpec": "views",
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class ShardIndex:
     first: int
     folder: str
     generation: str
+
+    def content_digest(self) -> str:
+        """Equal for shards with the same good samples at the same places and equal captions."""
+        return _digest(self.folder, self.generation)
 
 
 class DatasetIndex:
@@ -109,6 +114,17 @@ class DatasetIndex:
                     for row in range(first[number], first[number + 1])
                 ]
         return found
+
+    def first_captions(self, numbers: np.ndarray) -> np.ndarray:
+        """Number, within its shard, of the first caption of each sample: int64 [n] -> int64 [n]."""
+        found = np.empty(len(numbers), np.int64)
+        for shard, where, local in self.by_shard(numbers):
+            found[where] = _samples(shard)[local, CAPTION_FIRST]
+        return found
+
+    def only(self, shard: ShardIndex) -> DatasetIndex:
+        """The index of one of the shards alone, numbered from 0."""
+        return DatasetIndex([Place(shard.tar, Path(shard.folder))], self.stats)
 
     def labels(self) -> np.ndarray:
         """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none."""
@@ -238,6 +254,15 @@ def _shard_index(place: Place, meta: dict[str, Any], first: int) -> ShardIndex:
 
 def _samples(shard: ShardIndex) -> np.ndarray:
     return _map(shard.folder, "samples.npy", shard.generation)
+
+
+@functools.cache
+def _digest(folder: str, generation: str) -> str:
+    found = hashlib.sha256()
+    for name in ("images.idx", "samples.npy", "keys.bin", "captions.npy", "captions.bin"):
+        data = Path(folder, name).read_bytes()
+        found.update(f"{name} {len(data)}\n".encode() + data)
+    return found.hexdigest()
 
 
 # a training batch comes from few shards at a time; the bound keeps the number of maps in check

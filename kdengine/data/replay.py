@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from kdengine.data.dataset import DatasetIndex
 
 
 class Replay(Protocol):
@@ -20,6 +23,14 @@ class Replay(Protocol):
 
     num_views: int
     digest: str
+
+    def attach(self, index: DatasetIndex) -> None:
+        """Serve the samples of an index.
+
+        Raises:
+            ValueError: something of the index is not stored; the message names it.
+        """
+        ...
 
     def windows(self, numbers: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Windows (top, left, height, width) of views of samples: int64 [n], [n] -> [n, 4].

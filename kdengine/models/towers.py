@@ -144,12 +144,27 @@ class Teacher:
     def __init__(self, tower: TwoTower, spec: TowerSpec, dtype: torch.dtype = torch.float32):
         self.tower = tower.eval().requires_grad_(False)
         self.spec = spec
+        self.dtype = dtype
         _round(self.tower, dtype)
 
     def to(self, device: torch.device | str) -> "Teacher":
         """Move the weights; returns itself."""
         self.tower.to(device)
         return self
+
+    def scale(self) -> float:
+        """Its multiplier of cosines, already exponentiated."""
+        return float(self.tower.log_scale.float().exp())
+
+    @torch.inference_mode()
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Raw embeddings [b, E] of images [b, 3, S, S]; an inference tensor."""
+        return self.tower.encode_image(image)
+
+    @torch.inference_mode()
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Raw embeddings [b, E] of tokens [b, context]; an inference tensor."""
+        return self.tower.encode_text(tokens)
 
     def __call__(self, image: Tensor, tokens: Tensor) -> Features:
         """Embed a batch of pairs without graph.

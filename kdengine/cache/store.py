@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache on disk: written unit by unit, each complete or absent, and read by memory map.
+
+    OUT/manifest.json                     teachers, views, storage, crops: equal for all files
+    OUT/shards/SHARD-DIGEST/view-V/       of every sample in the order of the index
+        windows.npy                         int32 [n, 4]: top, left, height, width of the crop
+        teacher-K.npy                       image embeddings [n, E_K]
+        teacher-K-scale.npy                 float32 [n], for int8
+        unit.json                           rows, bytes, error of the storage
+    OUT/shards/SHARD-DIGEST/text/         of every caption in the order of the index
+        teacher-K.npy, ...                  text embeddings [c, E_K]
+
+DIGEST is that of the shard's index (its samples, their places and captions), so shards may be
+renamed folders away, and one whose content changed is another shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdengine.cache import codec
+from kdengine.cache.manifest import Manifest
+from kdengine.data import DatasetIndex, ShardIndex
+from kdengine.data.progress import counted
+
+TEXT, WINDOWS, UNIT, PARTIAL = "text", "windows", "unit.json", ".partial-"
+
+
+def view_name(view: int) -> str:
+    """The unit of one view."""
+    return f"view-{view}"
+
+
+def array_name(teacher: int, part: str) -> str:
+    """The file of one array of a teacher's embeddings, without its ending."""
+    return f"teacher-{teacher}{part}"
+
+
+def shard_folder(root: Path, shard: ShardIndex) -> Path:
+    """Where the units of a shard lie."""
+    name = f"{os.path.basename(shard.tar)}-{shard.content_digest()[:12]}"
+    return root / "shards" / name
+
+
+def is_complete(folder: Path, unit: str) -> bool:
+    """Whether a unit of a shard is there; a unit is renamed into place when it is written."""
+    return (folder / unit / UNIT).is_file()
+
+
+def write_unit(
+    folder: Path, unit: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> None:
+    """Write the arrays of a unit and what is to be known of it, all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f"{PARTIAL}{unit}-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    for name, values in arrays.items():
+        np.save(scratch / f"{name}.npy", values)
+    size = sum(file.stat().st_size for file in scratch.iterdir())
+    (scratch / UNIT).write_text(json.dumps({"bytes": size, **facts}) + "\n", encoding="utf-8")
+    scratch.rename(folder / unit)
+
+
+def clear_partial(root: Path) -> None:
+    """Remove what an interrupted process has left half written."""
+    for leftover in root.glob(f"shards/*/{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def units(manifest: Manifest) -> list[str]:
+    """The units of every shard."""
+    return [TEXT, *map(view_name, range(manifest.views))]
+
+
+def read_facts(folder: Path, unit: str) -> dict[str, Any]:
+    """What `write_unit` was told of a unit, and its size in bytes."""
+    return json.loads((folder / unit / UNIT).read_text(encoding="utf-8"))
+
+
+class Store:
+    """A cache opened for training: the `Replay` of a loader, once it has met the loader's index.
+
+    Args:
+        path: folder of the cache.
+        with_rows: hand out embeddings beside the windows.
+
+    Attributes:
+        manifest: what it holds.
+        num_views: views of a sample.
+        digest: of the manifest and of the shards of the run.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Manifest.read`.
+    """
+
+    def __init__(self, path: str | Path, *, with_rows: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        self.num_views = self.manifest.views
+        self.digest = self.manifest.digest
+        self._with_rows = with_rows
+        self._index: DatasetIndex | None = None
+
+    def attach(self, index: DatasetIndex) -> None:
+        """Serve the samples of an index.
+
+        Raises:
+            ValueError: a shard is not in the cache, or its part was not finished; the message
+                counts and names them.
+        """
+        absent, unfinished = [], []
+        for shard in unique_shards(index):
+            folder = shard_folder(self.path, shard)
+            missing = [unit for unit in units(self.manifest) if not is_complete(folder, unit)]
+            if not folder.is_dir():
+                absent.append(shard.tar)
+            elif missing:
+                unfinished.append(shard.tar)
+        if absent:
+            known = sorted(p.name for p in self.path.glob("shards/*"))
+            raise ValueError(
+                f"cache: {self.path} lacks {counted(len(absent), 'shard')} of this run, the first "
+                f"is {absent[0]}; it holds {counted(len(known), 'shard')}, a shard with other "
+                "samples or captions than when it was cached counts as another; add what is "
+                "missing with the 'kdengine cache' command that made it, over the run's shards"
+            )
+        if unfinished:
+            raise ValueError(
+                f"cache: {self.path} is not finished for {counted(len(unfinished), 'shard')} of "
+                f"this run, the first is {unfinished[0]}; run the 'kdengine cache' command that "
+                "began it again: it goes on where it was"
+            )
+        self._index = index
+        digests = "".join(shard.content_digest() for shard in index.shards)
+        self.digest = hashlib.sha256((self.manifest.digest + digests).encode()).hexdigest()
+
+    def windows(self, numbers: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """See `Replay.windows`."""
+        found = np.empty((len(numbers), 4), np.int64)
+        for folder, where, local in self._by_shard(numbers):
+            for view, some in _groups(views[where]):
+                rows = local[some]
+                found[where[some]] = _map(str(folder / view_name(view) / f"{WINDOWS}.npy"))[rows]
+        return found
+
+    def rows(
+        self, numbers: np.ndarray, views: np.ndarray, captions: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """The stored embeddings of every teacher, by `key`; see `Replay.rows`."""
+        if not self._with_rows:
+            return {}
+        assert self._index is not None
+        found: dict[str, torch.Tensor] = {}
+        first = self._index.first_captions(numbers)
+        places = [
+            (folder, where, local, [(view_name(v), some) for v, some in _groups(views[where])])
+            for folder, where, local in self._by_shard(numbers)
+        ]
+        for teacher in range(len(self.manifest.teachers)):
+            for part in codec.arrays(self.manifest.storage):
+                file = f"{array_name(teacher, part)}.npy"
+                image, text = [], []
+                for folder, where, local, view_groups in places:
+                    for unit, some in view_groups:
+                        image.append((where[some], folder / unit / file, local[some]))
+                    text.append((where, folder / TEXT / file, first[where] + captions[where]))
+                found[key(teacher, "image", part)] = _gather(image, len(numbers))
+                found[key(teacher, "text", part)] = _gather(text, len(numbers))
+        return found
+
+    def _by_shard(self, numbers: np.ndarray) -> Iterable[tuple[Path, np.ndarray, np.ndarray]]:
+        assert self._index is not None
+        for shard, where, local in self._index.by_shard(numbers):
+            yield shard_folder(self.path, shard), where, local
+
+
+def key(teacher: int, modality: str, part: str) -> str:
+    """The name in a batch of one stored array: modality is image or text."""
+    return f"cached_{modality}_{teacher}{part}"
+
+
+def unique_shards(index: DatasetIndex) -> list[ShardIndex]:
+    """The shards of an index, those that are listed several times once."""
+    return list({shard.tar: shard for shard in reversed(index.shards)}.values())[::-1]
+
+
+def _groups(values: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
+    """Each value, and where it stands."""
+    for value in np.unique(values):
+        yield int(value), np.flatnonzero(values == value)
+
+
+def _gather(places: list[tuple[np.ndarray, Path, np.ndarray]], count: int) -> torch.Tensor:
+    """Rows of several files as one tensor: (positions in it, file, rows of the file)."""
+    sample = _map(str(places[0][1]))
+    found = np.empty((count, *sample.shape[1:]), sample.dtype)
+    for where, file, rows in places:
+        found[where] = _map(str(file))[rows]
+    return torch.from_numpy(found)
+
+
+# a batch comes from few shards at a time; the bound keeps the number of maps in check
+@functools.lru_cache(maxsize=4096)
+def _map(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r")

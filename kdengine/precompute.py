@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a recipe's teachers once over its data, for trainings that then need no teacher.
+
+    kdengine cache --recipe NAME [--section.key value] OUT
+    torchrun --nproc-per-node 8 -m kdengine.cli cache --recipe NAME OUT     all GPUs of a machine
+
+Every image is embedded in a few random crops, every caption as it is, by each teacher. A command
+that was interrupted goes on where it was, when it is given again. Train with --distill.cache OUT.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from kdengine import arguments, errors
+from kdengine.stop import ignore_signals
+
+if TYPE_CHECKING:
+    from kdengine.cache import Summary
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fill a cache as the command line says; returns the exit code."""
+    line = arguments.parse_line(arguments.CacheLine, argv, __doc__ or "", "kdengine cache")
+    config = line.config
+    if config.data.dataset_type == "synthetic":
+        raise ValueError("cache: synthetic data has nothing to keep; give --data.train-data")
+    if line.views < 1 or line.batch_size < 1:
+        raise ValueError(
+            f"cache: expected at least one view and a batch of at least 1; got {line.views} views "
+            f"and a batch size of {line.batch_size}"
+        )
+    if config.distill.cache is not None:
+        raise ValueError(
+            f"cache: expected teachers to run, got --distill.cache {config.distill.cache}, which "
+            "is for training; leave it away"
+        )
+    from kdengine import assembly, job
+    from kdengine.cache import build_cache, hash_file
+    from kdengine.models.source import resolve
+
+    me = job.start_ranks(config)
+    teachers = assembly.load_teachers(config, me)
+    index = assembly.open_index(config, me, sorted({t.spec.tokenizer for t in teachers}))
+    # the files are at hand now that the teachers have been built
+    files = [resolve("teacher", *named).checkpoint for named in config.distill.teachers()]
+    hashes = me.broadcast([hash_file(file) for file in files if file] if me.first else None)
+    summary = build_cache(
+        index,
+        teachers,
+        hashes,
+        line.out,
+        views=line.views,
+        storage=line.storage,
+        seed=config.train.seed,
+        ranks=me,
+        batch_size=line.batch_size,
+        num_threads=config.data.workers,
+        progress=True,
+    )
+    if me.first:
+        Console().print(table(line, summary))
+    me.barrier()
+    return 0
+
+
+def table(line: arguments.CacheLine, summary: "Summary") -> Table:
+    """What the cache holds now, for a person."""
+    found = Table(title=f"cache {line.out}", show_header=False, title_justify="left")
+    made = "all there before" if not summary.num_made else f"{summary.num_made:,} embedded now"
+    found.add_row("views", f"{line.views} of {summary.num_samples:,} samples")
+    found.add_row("captions", f"{summary.num_captions:,}; with the views {made}")
+    each = summary.num_bytes / summary.num_samples
+    found.add_row("size", f"{summary.num_bytes / 2**20:,.1f} MiB, {each:,.0f} bytes a sample")
+    error = f"mean {summary.mean_error:.1e}, largest {summary.max_error:.1e} of a unit vector"
+    found.add_row("storage", f"{line.storage}, error {error}")
+    found.add_row("train with", f"--distill.cache {line.out}")
+    return found
+
+
+def command(argv: Sequence[str]) -> int:
+    """``main`` for a shell: what the user can mend is told once for all ranks, exit code 2."""
+    try:
+        return main(argv)
+    except Exception as error:
+        if not errors.is_refusal(error):
+            raise
+        from kdengine import ranks
+
+        ignore_signals()
+        ranks.tell(error)
+        return errors.EXIT_REFUSED

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers run once: a training from a cache is the training with live teachers, without them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdengine.cache import Store
+from kdengine.data import ViewSpec, build_loader, ensure_index
+from kdengine.models import build_student, build_teacher, export_student
+
+# relative difference of a step's loss against a live teacher, for 20 steps
+LIMITS = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported teacher: twice the student's width and size, another context length."""
+    config = json.loads(tiny.read_text())
+    config["embed_dim"], config["vision_cfg"]["image_size"] = 64, 48
+    config["text_cfg"]["context_length"] = 24
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "config.json").write_text(json.dumps(config))
+    student = build_student(str(folder / "config.json"), seed=3)
+    export_student(student.tower.clip.state_dict(), student.spec, folder / "export")
+    return folder / "export"
+
+
+# runs 'kdengine cache' on each list of words in one process
+SEVERAL = "import json, sys; from kdengine.precompute import command; " + (
+    "print([command(words) for words in json.loads(sys.argv[1])])"
+)
+SIZES = ["--views", "2", "--batch-size", "20"]
+
+
+@pytest.fixture(scope="session")
+def command(teacher: Path, shards: str) -> Callable[..., list[str]]:
+    """``command(out, *more)``: words of 'kdengine cache' over the tiny shards."""
+
+    def build(out: Path, *more: str) -> list[str]:
+        words = [str(out), "--data.train-data", shards, "--data.workers", "1", *more]
+        return [*words, "--distill.distill-model", f"local-dir:{teacher}"]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run(words)``: the interpreter of the tests on a CPU, with both source roots on its path."""
+    paths = os.pathsep.join([str(repository), str(repository / "kernels")])
+    env = {**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def start(words: list[str]) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *words]
+        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def caches(command: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A cache of two views in each storage; not to be changed."""
+    root = tmp_path_factory.mktemp("caches")
+    found = {storage: root / storage for storage in LIMITS}
+    lines = [command(out, *SIZES, "--storage", name) for name, out in found.items()]
+    done = run(["-c", SEVERAL, json.dumps(lines)])
+    assert done.returncode == 0 and "[0, 0, 0]" in done.stdout, done.stdout + done.stderr
+    assert "2 of 96 samples" in done.stdout and "int8, error mean" in done.stdout, done.stdout
+    return found
+
+
+def test_losses_are_those_of_the_live_teacher(
+    caches: Any, words: Any, train_here: Any, records: Any, teacher: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "teacher"
+    shutil.copytree(teacher, moved)
+    options = {"method__name": "clip_kd", "train__steps": 20}
+    live = {"distill__distill_model": f"local-dir:{moved}", "distill__cache": caches["fp32"]}
+    told = train_here([*words("live", **options, **live), "--distill.cache-live"])
+    # the others must do without the teacher's folder
+    shutil.rmtree(moved)
+    told += train_here(*(words(x, **options, distill__cache=caches[x]) for x in LIMITS))
+    assert [code for code, _ in told] == [0] * 4, told
+    expected = records(tmp_path / "runs" / "live")
+    assert len({r["loss"] for r in expected}) == 20
+    whole = np.array([r["loss"] for r in expected])
+    for storage, limit in LIMITS.items():
+        found = records(tmp_path / "runs" / storage)
+        for term in ("loss", "loss/crd", "loss/fd", "loss/icl"):
+            mine, theirs = (np.array([r[term] for r in x]) for x in (found, expected))
+            assert (np.abs(mine - theirs) <= limit * whole).all(), (storage, term, mine - theirs)
+
+
+def test_resumed_run_repeats_its_losses_bit_by_bit(
+    caches: Any, words: Any, train_here: Any, records: Any, tmp_path: Path
+) -> None:
+    shared = {"method__name": "clip_kd", "distill__cache": caches["bf16"]}
+    shared |= {"train__steps": 9, "run__save_every_n_steps": 4, "run__keep_last": 3}
+    whole = words("run", **shared)
+    (first,) = train_here(whole)
+    before = records(tmp_path / "runs" / "run")
+    again, other = train_here(
+        [*whole, "--resume", "4"], [*words("run", **shared | {"train__seed": 1}), "--resume", "4"]
+    )
+    assert first[0] == again[0] == 0, (first, again)
+    after = records(tmp_path / "runs" / "run")
+    assert [r["step"] for r in after] == list(range(1, 10))
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in after] == [r[name] for r in before]
+    assert other[0] is None
+
+
+def test_ranks_share_the_work_and_an_interrupted_cache_goes_on(
+    caches: Any, command: Any, run: Any, tmp_path: Path
+) -> None:
+    one, two = caches["bf16"], tmp_path / "two"
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdengine.cli", "cache"]
+    done = run([*ranks, *command(two, *SIZES)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.relative_to(one) for path in one.rglob("*.npy"))
+    # in each of two shards two views of windows and embeddings, and the captions
+    assert len(files) == 2 * (2 * 2 + 1)
+    for file in files:
+        assert np.array_equal(np.load(one / file), np.load(two / file)), file
+    # one view is gone, as if it had been interrupted
+    for shard in sorted((two / "shards").iterdir()):
+        (shard / "view-1").rename(shard / ".partial-view-1-17")
+    kept = {path: path.stat().st_mtime_ns for path in two.glob("shards/*/[tv]*/*.npy")}
+    lines = [command(two, *SIZES)] * 2
+    done = run(["-c", SEVERAL, json.dumps(lines)])
+    assert "96 embedded now" in done.stdout and "all there before" in done.stdout, done.stdout
+    assert len(kept) == 6 and all(x.stat().st_mtime_ns == time for x, time in kept.items())
+    assert all(np.array_equal(np.load(one / file), np.load(two / file)) for file in files)
+    assert not list(two.rglob(".partial*"))
+
+
+def test_batch_holds_the_crop_and_the_embeddings_that_were_stored(
+    caches: Any, shards: str, teacher: Path
+) -> None:
+    index = ensure_index(shards, tokenizers=["simple:16", "simple:24"])
+    model = build_teacher(f"local-dir:{teacher}")
+    pre = model.spec.preprocess
+    store = Store(caches["fp32"])
+    store.attach(index)
+    loader = build_loader(
+        index,
+        views={"image": ViewSpec(pre.size, pre.mean, pre.std)},
+        tokenizers={"tokens": "simple:24"},
+        batch_size=32,
+        num_threads=1,
+        shuffle_buffer=32,
+        replay=store,
+    )
+    seen = set()
+    for _ in range(6):
+        batch = next(loader)
+        features = model(batch["image"], batch["tokens"])
+        for modality in ("image", "text"):
+            unit = torch.nn.functional.normalize(getattr(features, modality), dim=1)
+            torch.testing.assert_close(batch[f"cached_{modality}_0"], unit, rtol=0, atol=3e-6)
+        seen |= set(
+            zip(batch["sample"].tolist(), map(tuple, batch["window"].tolist()), strict=True)
+        )
+    loader.close()
+    # of every sample two crops were seen, and no third
+    assert 96 < len(seen) <= 2 * 96
+    counts = np.unique([number for number, _ in seen], return_counts=True)[1]
+    assert counts.max() == 2
+
+
+def test_cache_that_does_not_fit_is_refused_with_the_reason(
+    caches: Any,
+    command: Any,
+    run: Any,
+    words: Any,
+    train_here: Any,
+    teacher: Path,
+    shards: str,
+    tmp_path: Path,
+) -> None:
+    out, unfinished = caches["bf16"], tmp_path / "unfinished"
+    other = shutil.copy(Path(shards).parent / "00000.tar", tmp_path / "other.tar")
+    shutil.copytree(out, unfinished)
+    shutil.rmtree(next((unfinished / "shards").iterdir()) / "text")
+    trained, larger = tmp_path / "trained", tmp_path / "larger"
+    for folder, seed, size in ((trained, 4, 48), (larger, 3, 64)):
+        config = json.loads((teacher / "open_clip_config.json").read_text())["model_cfg"]
+        config["vision_cfg"]["image_size"] = size
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        student = build_student(str(tmp_path / "config.json"), seed=seed)
+        export_student(student.tower.clip.state_dict(), student.spec, folder)
+    openai = {"distill__distill_model": "ViT-B-32", "distill__distill_pretrained": "openai"}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data__train_data": other}, "lacks 1 shard of this run"),
+        ({"distill__cache": unfinished}, "is not finished for 1 shard of this run"),
+        ({"distill__distill_model": f"local-dir:{trained}"}, "its weights are not those of"),
+        ({"distill__distill_model": f"local-dir:{larger}"}, "the size of teacher"),
+        (openai, "the run names ViT-B-32 / openai"),
+        ({"distill__cache": tmp_path}, "is not a cache"),
+        ({"data__dataset_type": "synthetic", "data__train_num_samples": 64}, "synthetic data"),
+    ]
+    fits = {"method__name": "clip_kd", "distill__cache": out}
+    told = train_here(*(words(f"r{i}", **fits | x) for i, (x, _) in enumerate(cases)))
+    for (code, error), (_, expected) in zip(told, cases, strict=True):
+        assert code is None and expected in error, (expected, error)
+    refused = [
+        (command(out, "--views", "3"), "views is 2, not 3"),
+        (command(tmp_path / "new", "--distill.cache", str(out)), "leave it away"),
+        (command(teacher), "is not empty and not a cache"),
+        (command(tmp_path / "new", "--views", "0"), "expected at least one view"),
+    ]
+    done = run(["-c", SEVERAL, json.dumps([line for line, _ in refused])])
+    lines = [x for x in done.stderr.splitlines() if x.startswith("error: cache: ")]
+    assert "[2, 2, 2, 2]" in done.stdout and len(lines) == 4, done.stderr
+    for line, (_, expected) in zip(lines, refused, strict=True):
+        assert expected in line
