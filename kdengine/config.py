@@ -67,11 +67,9 @@ class Distill:
     """The teachers; methods without one ignore them."""
 
     distill_model: tuple[str, ...] = ()
-    """Teachers, one or several, each an open_clip architecture, 'local-dir:PATH', or a JSON config
-    file."""
+    """One or several: open_clip architecture, 'local-dir:PATH', or a JSON config file."""
     distill_pretrained: tuple[str, ...] = ()
-    """Each teacher's open_clip tag or checkpoint file, '' for one that has none (local-dir);
-    nothing at all where none has one."""
+    """open_clip tag or checkpoint file of each teacher, '' for one without; or none at all."""
     distill_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the teachers' forward; 'auto' follows train.precision."""
     cache: str | None = None
@@ -120,6 +118,8 @@ class ClipKD:
     """Share of the patches that fd hides from a ViT student: masked feature distillation."""
     mask_all: bool = False
     """All terms see the masked image: one pass of the student instead of two."""
+    teacher_features: Literal["concat", "mean"] = "concat"
+    """Of several teachers fd, icl, gd and afd see: features side by side, or their mean."""
     reference_quirks: bool = False
     """Reproduce the released code where it differs from the paper (raw ICL scale)."""
 

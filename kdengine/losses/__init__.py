@@ -2,6 +2,7 @@
 """Losses on feature tensors: pure functions with ``group=`` and ``backend=``, and two modules."""
 
 from kdengine.losses.clip import ClipLoss, DistillClipLoss
+from kdengine.losses.ensemble import ensemble, ensemble_width
 from kdengine.losses.gradients import gradient
 from kdengine.losses.named import (
     augmented_feature,
@@ -28,6 +29,8 @@ __all__ = [
     "cluster_cross_entropy",
     "cluster_kl",
     "contrastive_relational",
+    "ensemble",
+    "ensemble_width",
     "feature",
     "gradient",
     "info_nce",

@@ -22,6 +22,12 @@ patches, the teacher sees the whole image. The paper does not say what the other
 whole image here, unless ``mask_all``. The released code computes the masked embedding and then
 throws it away: its MFD is FD.
 
+With several teachers CRD is the mean of the KL to each, at its own scale. The other terms see one
+teacher made of all (``losses.ensemble``): their unit rows side by side, so that a cosine is the
+mean of theirs, or, with ``teacher_features="mean"``, the direction of their sum; its scale, which
+GD needs, is the mean of theirs. Side by side the width is the sum, which a weight of FD by "mean"
+depends on; ``fd_reduction="sum"`` does not.
+
 The scales of ICL and AFD are learned. They are exp of parameters that start at ln(1/0.07), as the
 paper says; the released code forgets the exp, so that its scales start at 2.66 and are not clamped:
 ``reference_quirks=True`` reproduces that. Its GD divides cosines by the scale, so that softmaxes
@@ -38,6 +44,8 @@ from torch.distributed import ProcessGroup
 
 from kdengine.losses import (
     augmented_feature,
+    ensemble,
+    ensemble_width,
     feature,
     gradient,
     interactive_contrastive,
@@ -66,6 +74,7 @@ class ClipKD(Method):
         afd: weight of augmented feature distillation.
         mask_ratio: share of the student's patches that FD hides from it, which makes it MFD.
         mask_all: all terms see the masked image, from one pass of the student instead of two.
+        teacher_features: how FD, ICL, GD and AFD see several teachers, see ``ensemble``.
         reference_quirks: use the scales of ICL and AFD raw, as the released code does.
         group: the ranks that share a batch; None for one process.
         backend: backend of the losses.
@@ -85,6 +94,7 @@ class ClipKD(Method):
         afd: float = 0.0,
         mask_ratio: float = 0.0,
         mask_all: bool = False,
+        teacher_features: str = "concat",
         reference_quirks: bool = False,
         group: ProcessGroup | None = None,
         backend: str = "auto",
@@ -107,27 +117,24 @@ class ClipKD(Method):
                 "ClipKD: the released MFD is FD, at the price of another pass; set mask_ratio to 0 "
                 f"with reference_quirks; {mask_ratio} came"
             )
-        if len(teacher_widths) != 1:
-            raise ValueError(
-                f"ClipKD: expected one teacher, got {len(teacher_widths)}; name one with "
-                "--distill.distill-model"
-            )
-        (teacher_width,) = teacher_widths
+        self.teacher_widths, self.teacher_features = list(teacher_widths), teacher_features
         self.fd_reduction = fd_reduction
         self.mask_ratio, self.mask_all = mask_ratio, mask_all
         self.reference_quirks = reference_quirks
         self.group, self.backend = group, backend
         self.image_head: nn.Module = nn.Identity()
         self.text_head: nn.Module = nn.Identity()
-        if self._compares() and student_width != teacher_width:
-            self.image_head = nn.Linear(student_width, teacher_width)
-            self.text_head = nn.Linear(student_width, teacher_width)
+        uses_features = self._compares() or "afd" in self.weights
+        width = ensemble_width(teacher_widths, teacher_features) if uses_features else student_width
+        if self._compares() and student_width != width:
+            self.image_head = nn.Linear(student_width, width)
+            self.text_head = nn.Linear(student_width, width)
         # scales have the shape [1]: deepspeed cannot broadcast a 0-D parameter
         if "icl" in self.weights:
             self.log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
         if "afd" in self.weights:
-            self.image_fusion = nn.Linear(student_width + teacher_width, student_width)
-            self.text_fusion = nn.Linear(student_width + teacher_width, student_width)
+            self.image_fusion = nn.Linear(student_width + width, student_width)
+            self.text_fusion = nn.Linear(student_width + width, student_width)
             self.fused_log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
 
     def forward(
@@ -135,14 +142,20 @@ class ClipKD(Method):
     ) -> dict[str, Tensor]:
         """The terms of nonzero weight.
 
-        Shapes: student embeddings and ``masked`` [b, D], teacher embeddings [b, E].
+        Shapes: student embeddings and ``masked`` [b, D], embeddings of teacher k [b, E_k].
 
         Gradients: to the student's embeddings and scale, the heads, the fusions and their scales.
         """
-        (teacher,) = teachers
+        if len(teachers) != len(self.teacher_widths):
+            raise ValueError(
+                f"ClipKD: expected {len(self.teacher_widths)} teachers, of widths "
+                f"{self.teacher_widths}; {len(teachers)} came; give those it was built for"
+            )
         terms: dict[str, Tensor] = {}
         if "task" in self.weights or "crd" in self.weights:
-            terms |= self._relational(student, teacher)
+            terms |= self._relational(student, teachers)
+        if self._compares() or "afd" in self.weights:
+            teacher = self._together(teachers)
         if self._compares():
             image, text = self.image_head(student.image), self.text_head(student.text)
             terms |= self._compared(image, text, student.scale, teacher)
@@ -154,6 +167,17 @@ class ClipKD(Method):
         if "afd" in self.weights:
             terms |= self._fused(student, teacher)
         return terms
+
+    def _together(self, teachers: Sequence[Features]) -> Features:
+        """The teachers as one, whose scale is the mean of theirs."""
+        if len(teachers) == 1:
+            return teachers[0]
+        images, texts, scales = zip(*teachers, strict=True)
+        return Features(
+            ensemble(images, self.teacher_features),
+            ensemble(texts, self.teacher_features),
+            torch.stack([scale.reshape(()) for scale in scales]).mean(),
+        )
 
     def _compares(self) -> bool:
         """Whether a term compares embeddings in the teacher's width."""
@@ -218,16 +242,16 @@ class ClipKD(Method):
         )
         return {"afd": loss, "afd_scale": multiplier.detach().squeeze()}
 
-    def _relational(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """InfoNCE and CRD from one sweep over the student's similarities."""
+    def _relational(self, student: Features, teachers: Sequence[Features]) -> dict[str, Tensor]:
+        """InfoNCE and CRD, the mean over teachers, from one sweep over all similarities."""
         crd = "crd" in self.weights
         found = similarity_terms(
             student.image,
             student.text,
             student.scale,
-            teacher_query=teacher.image if crd else None,
-            teacher_key=teacher.text if crd else None,
-            teacher_scale=teacher.scale if crd else None,
+            teacher_query=[teacher.image for teacher in teachers] if crd else None,
+            teacher_key=[teacher.text for teacher in teachers] if crd else None,
+            teacher_scale=[teacher.scale for teacher in teachers] if crd else None,
             hard_rows="task" in self.weights,
             hard_cols="task" in self.weights,
             soft_rows=crd,

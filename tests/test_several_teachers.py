@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP-KD with several teachers against the float64 oracle: relations averaged, features united."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdengine import config, losses, reference
+from kdengine.losses import ensemble
+from kdengine.methods import ClipKD, build_method
+from kdengine.models import Features
+
+WEIGHTS = {"task": 1.0, "crd": 0.7, "fd": 50.0, "icl": 1.3, "gd": 1e3, "afd": 0.5}
+CASES = {
+    "concat, equal": ("concat", (8, 8)),
+    "concat, unequal": ("concat", (8, 5)),
+    "concat, three": ("concat", (3, 8, 5)),
+    "mean, student's": ("mean", (8, 8)),
+    "mean, another": ("mean", (5, 5)),
+}
+
+
+def features(width: int, scale: float = 12.0, seed: int = 0, batch: int = 6) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    image, text = (torch.randn(batch, width, **draw) for _ in range(2))
+    return Features(image, text, torch.tensor([scale], dtype=torch.float64))
+
+
+def leaves(values: Features) -> Features:
+    return Features(*(value.clone().requires_grad_() for value in values))
+
+
+def teachers_of(widths: Sequence[int]) -> list[Features]:
+    return [features(width, 20.0 + 15 * k, k + 1) for k, width in enumerate(widths)]
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(1, keepdim=True).sqrt()
+
+
+def united(rows: Sequence[Tensor], how: str) -> Tensor:
+    """The formula of ``ensemble``, written out."""
+    if how == "mean":
+        return unit(sum(map(unit, rows[1:]), unit(rows[0])))
+    return torch.cat([unit(x) for x in rows], 1) / len(rows) ** 0.5
+
+
+def oracle(
+    method: ClipKD, student: Features, teachers: Sequence[Features], how: str
+) -> dict[str, Tensor]:
+    """The terms that the method computes, from the oracle's dense losses."""
+    x, y, scale = unit(student.image), unit(student.text), student.scale
+    hats = unit(method.image_head(student.image)), unit(method.text_head(student.text))
+    both = [united([t[i] for t in teachers], how) for i in range(2)]
+    common = sum(t.scale for t in teachers) / len(teachers)
+    relations = [
+        reference.contrastive_relational(x, y, scale, unit(t.image), unit(t.text), t.scale)
+        for t in teachers
+    ]
+    terms = {
+        "task": lambda: reference.info_nce(x, y, scale),
+        "crd": lambda: sum(relations[1:], relations[0]) / len(teachers),
+        "fd": lambda: sum(map(reference.feature, hats, both)),
+        "icl": lambda: reference.interactive_contrastive(*hats, method.log_scale.exp(), *both),
+        "gd": lambda: reference.gradient(*hats, scale, *both, common),
+        "afd": lambda: reference.augmented_feature(
+            x, y, method.fused_log_scale.exp(), *both, method.image_fusion, method.text_fusion
+        ),
+    }
+    return {name: terms[name]() for name in method.weights}
+
+
+def total(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    weighted = [weight * terms[name] for name, weight in weights.items()]
+    return sum(weighted[1:], weighted[0])
+
+
+def compare(weights: dict[str, float], how: str, widths: Sequence[int]) -> None:
+    torch.manual_seed(0)
+    method = ClipKD(8, widths, **weights, teacher_features=how).double()
+    student, teachers = leaves(features(8)), teachers_of(widths)
+    found, truth = method(student, teachers), oracle(method, student, teachers, how)
+    for name, value in truth.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14)
+    inputs = [*student, *method.parameters()]
+    got, want = (
+        torch.autograd.grad(total(x, method.weights), inputs, allow_unused=True)
+        for x in (found, truth)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_terms_equal_the_oracle_with_all_gradients(case: str) -> None:
+    compare(WEIGHTS, *CASES[case])
+
+
+@pytest.mark.parametrize("case", ["concat, unequal", "mean, another"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_term_alone_equals_the_oracle_with_all_gradients(name: str, case: str) -> None:
+    compare({**dict.fromkeys(WEIGHTS, 0.0), name: WEIGHTS[name]}, *CASES[case])
+
+
+@pytest.mark.parametrize("how", ["concat", "mean"])
+@pytest.mark.parametrize("width", [8, 5])
+def test_one_teacher_is_bit_for_bit_itself(width: int, how: str) -> None:
+    """Against the losses called with the one teacher's raw features, as they always were."""
+    torch.manual_seed(0)
+    method = ClipKD(8, [width], **WEIGHTS, teacher_features=how)
+    student, teacher = (
+        Features(*(x.float() for x in values)) for values in (features(8), features(width, 30.0, 1))
+    )
+    found = method(student, [teacher])
+    hats = method.image_head(student.image), method.text_head(student.text)
+    crd = losses.similarity_terms(
+        student.image,
+        student.text,
+        student.scale,
+        teacher_query=teacher.image,
+        teacher_key=teacher.text,
+        teacher_scale=teacher.scale,
+        normalize=True,
+    )
+    fd = [losses.feature(*pair, normalize=True) for pair in zip(hats, teacher[:2], strict=True)]
+    icl = losses.interactive_contrastive(
+        *hats, method.interactive_scale(), *teacher[:2], normalize=True
+    )
+    gd = losses.gradient(*hats, student.scale, *teacher, normalize=True)
+    assert torch.equal(found["crd"], 0.5 * (crd.soft_rows + crd.soft_cols))
+    assert torch.equal(found["fd"], fd[0] + fd[1])
+    assert torch.equal(found["icl"], icl) and torch.equal(found["gd"], gd)
+    normal = [F.normalize(x, dim=-1) for x in (*student[:2], *teacher[:2])]
+    fused = (method.fused_log_scale.exp(), *normal[2:], method.image_fusion, method.text_fusion)
+    assert torch.equal(found["afd"], losses.augmented_feature(*normal[:2], *fused))
+
+
+def test_the_mean_of_a_teacher_twice_is_the_teacher_once() -> None:
+    torch.manual_seed(0)
+    once = ClipKD(8, [8], **WEIGHTS).double()
+    twice = ClipKD(8, [8, 8], **WEIGHTS, teacher_features="mean").double()
+    twice.load_state_dict(once.state_dict())
+    student, teacher = features(8), features(8, 30.0, 1)
+    found, truth = twice(student, [teacher, teacher]), once(student, [teacher])
+    for name in WEIGHTS:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-15)
+
+
+def test_a_cosine_of_concatenated_teachers_is_the_mean_of_theirs() -> None:
+    rows = [features(width, seed=width).image for width in (8, 5, 3)]
+    found = ensemble(rows)
+    cosines = torch.stack([unit(x) @ unit(x).T for x in rows])
+    torch.testing.assert_close(found @ found.T, cosines.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(6).double())
+    assert ensemble(rows[:1]) is rows[0]
+
+
+def test_low_precision_is_rounded_once() -> None:
+    rows = [features(width, seed=width).image.bfloat16() for width in (8, 5)]
+    found = ensemble(rows)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, united([x.float() for x in rows], "concat").bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "message"),
+    [
+        ([(6, 8), (6, 5)], "mean", r'"mean" needs teachers of one width; \[8, 5\] came; use'),
+        ([(6, 8), (5, 8)], "concat", r"the same rows; \[6, 5\] came"),
+        ([(6, 8)], "sum", "'sum' came"),
+        ([], "concat", "at least one teacher"),
+    ],
+    ids=["widths", "rows", "word", "none"],
+)
+def test_what_cannot_be_united_is_refused(rows: Any, how: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ensemble([torch.ones(*shape) for shape in rows], how)
+
+
+def test_a_teacher_that_learns_is_refused() -> None:
+    learns = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="requires a gradient; run the teacher under"):
+        ensemble([torch.ones(2, 3), learns])
+
+
+def test_the_method_refuses_before_anything_runs() -> None:
+    settings = config.Method(clip_kd=config.ClipKD(teacher_features="mean"))
+    with pytest.raises(ValueError, match=r"\[8, 5\] came.*teacher-features concat"):
+        build_method(settings, student_width=8, teacher_widths=[8, 5])
+    # relations need no common width
+    relations = {"task": 1.0, "crd": 1.0, "fd": 0.0, "icl": 0.0}
+    ClipKD(8, [8, 5], **relations, teacher_features="mean")
+    with pytest.raises(ValueError, match="expected 2 teachers, of widths .8, 5.; 1 came"):
+        ClipKD(8, [8, 5])(features(8), [features(8)])
+
+
+def rank_gradients(
+    rank: int, world_size: int, how: str, widths: Sequence[int]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Terms and gradients, averaged over ranks, of the rows of all ranks."""
+    torch.manual_seed(0)
+    group = torch.distributed.group.WORLD if world_size > 1 else None
+    method = ClipKD(8, widths, **WEIGHTS, teacher_features=how, group=group).double()
+    rows = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
+    whole = leaves(features(8))
+    student, *teachers = (
+        Features(x.image[rows], x.text[rows], x.scale) for x in (whole, *teachers_of(widths))
+    )
+    terms = method(student, teachers)
+    inputs = [*whole, *method.parameters()]
+    found = list(torch.autograd.grad(total(terms, method.weights), inputs))
+    told = {name: terms[name].detach() for name in method.weights}
+    for value in (*told.values(), *found):
+        if world_size > 1:
+            torch.distributed.all_reduce(value)
+            value /= world_size
+    return told, found
+
+
+@pytest.mark.parametrize("case", ["concat, unequal", "mean, another"])
+def test_two_ranks_average_to_the_whole_batch(
+    case: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    whole_terms, whole = rank_gradients(0, 1, *CASES[case])
+    for terms, gradients in run_ranks(rank_gradients, 2, *CASES[case]):
+        for name, value in whole_terms.items():
+            torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-13)
+        for got, want in zip(gradients, whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
