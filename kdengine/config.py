@@ -121,7 +121,7 @@ class ClipKD:
     teacher_features: Literal["concat", "mean"] = "concat"
     """Of several teachers fd, icl, gd and afd see: features side by side, or their mean."""
     reference_quirks: bool = False
-    """Reproduce the released code where it differs from the paper (raw ICL scale)."""
+    """Reproduce the released code where it differs from the paper (raw scales, GD, MFD)."""
 
     def __post_init__(self) -> None:
         for name in ("task", "crd", "fd", "icl", "gd", "afd"):

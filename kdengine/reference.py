@@ -260,7 +260,7 @@ def gradient(
     Shapes: image, text, teacher_image, teacher_text (N, E): the student in the teacher's width.
     Returns: 0-D; it falls as 1/N^2 when the batch grows. Gradients: image, text, scale.
     Source: CLIP-KD eq. 13, with mean reduction. Its released code divides cosines by scale (a bug)
-    and takes the two directions as four separate errors; both differ from this.
+    and takes the two directions as four separate errors; see ``kdengine/losses/quirks.py``.
     """
     _same_shape("gradient", image=image, teacher_image=teacher_image)
     student = info_nce_gradients(image, text, scale)

@@ -14,6 +14,7 @@ from kdengine.losses import ensemble
 from kdengine.methods import ClipKD, build_method
 from kdengine.models import Features
 
+SPREAD = ["concat, unequal", "mean, another"]
 WEIGHTS = {"task": 1.0, "crd": 0.7, "fd": 50.0, "icl": 1.3, "gd": 1e3, "afd": 0.5}
 CASES = {
     "concat, equal": ("concat", (8, 8)),
@@ -224,13 +225,15 @@ def rank_gradients(
     return told, found
 
 
-@pytest.mark.parametrize("case", ["concat, unequal", "mean, another"])
-def test_two_ranks_average_to_the_whole_batch(
-    case: str, run_ranks: Callable[..., list[Any]]
-) -> None:
-    whole_terms, whole = rank_gradients(0, 1, *CASES[case])
-    for terms, gradients in run_ranks(rank_gradients, 2, *CASES[case]):
-        for name, value in whole_terms.items():
-            torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-13)
-        for got, want in zip(gradients, whole, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+def rank_all(rank: int, world_size: int) -> list[Any]:
+    return [rank_gradients(rank, world_size, *CASES[case]) for case in SPREAD]
+
+
+def test_two_ranks_average_to_the_whole_batch(run_ranks: Callable[..., list[Any]]) -> None:
+    found = run_ranks(rank_all, 2)
+    for number, (whole_terms, whole) in enumerate(rank_all(0, 1)):
+        for terms, gradients in (of_rank[number] for of_rank in found):
+            for name, value in whole_terms.items():
+                torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-13)
+            for got, want in zip(gradients, whole, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)

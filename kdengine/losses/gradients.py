@@ -39,9 +39,36 @@ def gradient(
     Raises: ValueError or TypeError for shapes and dtypes that do not fit, an empty batch, or N
     that differs between ranks; RuntimeError for a backend that cannot run.
     Source: CLIP-KD eq. 13, with mean reduction. Its released code divides cosines by scale (a bug)
-    and takes the two directions as four separate errors; both differ from this.
+    and takes the two directions as four separate errors; see ``losses.quirks``.
     """
-    who = "gradient"
+    x, y, u, v, scales = gather_pairs(
+        "gradient",
+        *(image, text, scale, teacher_image, teacher_text, teacher_scale),
+        normalize=normalize,
+        group=group,
+    )
+    ours = gradient_op(x, y, scales[0], backend=backend)
+    with torch.no_grad():
+        theirs = gradient_op(u, v, scales[1], backend=backend)
+    return F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])
+
+
+def gather_pairs(
+    who: str,
+    image: Tensor,
+    text: Tensor,
+    scale: Scale,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Scale,
+    *,
+    normalize: bool,
+    group: Group,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Checked features of the global batch, image and text of both, and both scales.
+
+    Communication, raises: see ``gradient``.
+    """
     student = inputs.check_features(who, image, text, scale, normalize=normalize)
     inputs.check_constant(who, teacher_image=teacher_image, teacher_text=teacher_text)
     teacher = inputs.check_features(
@@ -59,7 +86,4 @@ def gradient(
         raise ValueError(f"{who}: image and text need at least one row; skip an empty batch")
     x, y = (distributed.gather_rows(v, group) for v in (student.query, student.key))
     u, v = (distributed.gather_constant(w, group) for w in (teacher.query, teacher.key))
-    ours = gradient_op(x, y, student.scale, backend=backend)
-    with torch.no_grad():
-        theirs = gradient_op(u, v, teacher.scale, backend=backend)
-    return F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])
+    return x, y, u, v, (student.scale, teacher.scale)

@@ -19,8 +19,7 @@ its weight belongs to a batch.
 
 With ``mask_ratio`` FD is MFD, eq. 12: the student's image embedding comes from a random part of its
 patches, the teacher sees the whole image. The paper does not say what the other terms see: the
-whole image here, unless ``mask_all``. The released code computes the masked embedding and then
-throws it away: its MFD is FD.
+whole image here, unless ``mask_all``.
 
 With several teachers CRD is the mean of the KL to each, at its own scale. The other terms see one
 teacher made of all (``losses.ensemble``): their unit rows side by side, so that a cosine is the
@@ -29,11 +28,11 @@ GD needs, is the mean of theirs. Side by side the width is the sum, which a weig
 depends on; ``fd_reduction="sum"`` does not.
 
 The scales of ICL and AFD are learned. They are exp of parameters that start at ln(1/0.07), as the
-paper says; the released code forgets the exp, so that its scales start at 2.66 and are not clamped:
-``reference_quirks=True`` reproduces that. Its GD divides cosines by the scale, so that softmaxes
-are uniform and say nothing of the teacher; that is not reproduced.
+paper says. The released code differs in this, in GD and in MFD: ``reference_quirks=True`` follows
+it; the table in ``kdengine/losses/quirks.py`` lists each difference with its effect.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from kdengine import distributed
 from kdengine.losses import (
     augmented_feature,
     ensemble,
@@ -51,10 +51,12 @@ from kdengine.losses import (
     interactive_contrastive,
     similarity_terms,
 )
+from kdengine.losses.quirks import released_gradient
 from kdengine.methods.base import Method
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
 
+logger = logging.getLogger(__name__)
 LOG_SCALE_START = math.log(1 / 0.07)
 
 
@@ -75,7 +77,7 @@ class ClipKD(Method):
         mask_ratio: share of the student's patches that FD hides from it, which makes it MFD.
         mask_all: all terms see the masked image, from one pass of the student instead of two.
         teacher_features: how FD, ICL, GD and AFD see several teachers, see ``ensemble``.
-        reference_quirks: use the scales of ICL and AFD raw, as the released code does.
+        reference_quirks: compute what the released code computes, see ``losses.quirks``.
         group: the ranks that share a batch; None for one process.
         backend: backend of the losses.
     """
@@ -102,21 +104,20 @@ class ClipKD(Method):
         self.fd_name = "fd" if fd_reduction == "mean" else f"fd_{fd_reduction}"
         weights = {"task": task, "crd": crd, self.fd_name: fd, "icl": icl, "gd": gd, "afd": afd}
         super().__init__(weights)
-        if gd and reference_quirks:
-            raise ValueError(
-                "ClipKD: reference_quirks leaves gd out, because the released one learns nothing; "
-                f"gd={gd} came; set it to 0, or use the paper's GD without reference_quirks"
-            )
         if mask_ratio and not fd:
             raise ValueError(
                 f"ClipKD: mask_ratio makes FD the masked MFD, but fd is 0; mask_ratio={mask_ratio} "
                 "came; give fd a weight, or no mask"
             )
-        if mask_ratio and reference_quirks:
-            raise ValueError(
-                "ClipKD: the released MFD is FD, at the price of another pass; set mask_ratio to 0 "
-                f"with reference_quirks; {mask_ratio} came"
-            )
+        if reference_quirks:
+            self._check_released(student_width, teacher_widths)
+            if mask_ratio and distributed.rank(group) == 0:
+                logger.warning(
+                    "ClipKD: mask_ratio=%g is ignored, as the released code ignores it: with "
+                    "reference_quirks MFD is FD",
+                    mask_ratio,
+                )
+            mask_ratio, mask_all = 0.0, False
         self.teacher_widths, self.teacher_features = list(teacher_widths), teacher_features
         self.fd_reduction = fd_reduction
         self.mask_ratio, self.mask_all = mask_ratio, mask_all
@@ -136,6 +137,21 @@ class ClipKD(Method):
             self.image_fusion = nn.Linear(student_width + width, student_width)
             self.text_fusion = nn.Linear(student_width + width, student_width)
             self.fused_log_scale = nn.Parameter(torch.tensor([LOG_SCALE_START]))
+
+    def _check_released(self, student_width: int, teacher_widths: Sequence[int]) -> None:
+        """Refuse what the released code cannot do, for ``reference_quirks``."""
+        if len(teacher_widths) != 1:
+            raise ValueError(
+                "ClipKD: with reference_quirks one teacher is expected, because the released code "
+                f"has one teacher; {len(teacher_widths)} came; name one, or leave out "
+                "reference_quirks"
+            )
+        if "afd" in self.weights and student_width != teacher_widths[0]:
+            raise ValueError(
+                "ClipKD: there is nothing to reproduce: the released AFD fails where the widths "
+                f"differ; {student_width} and {teacher_widths[0]} came; set afd to 0, or leave out "
+                "reference_quirks"
+            )
 
     def forward(
         self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
@@ -202,17 +218,13 @@ class ClipKD(Method):
             )
             terms["icl_scale"] = multiplier.detach().squeeze()
         if "gd" in self.weights:
-            terms["gd"] = gradient(
-                image,
-                text,
-                scale,
-                teacher.image,
-                teacher.text,
-                teacher.scale,
-                normalize=True,
-                group=self.group,
-                backend=self.backend,
-            )
+            both = (image, text, scale, *teacher)
+            if self.reference_quirks:
+                terms["gd"] = released_gradient(*both, normalize=True, group=self.group)
+            else:
+                terms["gd"] = gradient(
+                    *both, normalize=True, group=self.group, backend=self.backend
+                )
         return terms
 
     def _features(self, student: Tensor, teacher: Tensor) -> Tensor:
