@@ -215,8 +215,25 @@ def test_distilled_student_is_exported_for_open_clip(train_here, words, records,
             ),
             "--model.grad-checkpointing",
         ],
+        [
+            *words(
+                "as_released",
+                method__name="clip_kd",
+                method__clip_kd__gd=1e8,
+                method__clip_kd__afd=0.5,
+                method__clip_kd__mask_ratio=0.5,
+                distill__distill_model=f"local-dir:{runs / 'teacher' / 'export'}",
+                train__zero_stage=3,
+                train__steps=2,
+            ),
+            "--method.clip-kd.reference-quirks",
+        ],
     )
-    assert [code for code, _ in told] == [0, 0], told
+    assert [code for code, _ in told] == [0, 0, 0], told
+    quirky = records(runs / "as_released")[0]
+    assert quirky["icl_scale"] == pytest.approx(math.log(1 / 0.07), rel=1e-3)
+    # of 16 pairs at random the paper's form would be 0.1
+    assert 0 < quirky["loss/gd"] < 1e-5
     terms = {f"loss/{name}" for name in ("task", "crd", "fd", "icl", "gd", "afd")}
     assert terms | {"scale", "icl_scale", "afd_scale"} <= records(runs / "student")[0].keys()
     exported = load_file(runs / "student" / "export" / "open_clip_model.safetensors")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP-KD with several teachers against the float64 oracle: relations averaged, features united."""
+"""CLIP-KD with one and with several teachers against the float64 oracle and closed forms.
+
+Of several teachers relations are averaged and features united.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,18 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import config, losses, reference
-from kdengine.losses import ensemble
 from kdengine.methods import ClipKD, build_method
 from kdengine.models import Features
 
 SPREAD = ["concat, unequal", "mean, another"]
 WEIGHTS = {"task": 1.0, "crd": 0.7, "fd": 50.0, "icl": 1.3, "gd": 1e3, "afd": 0.5}
 CASES = {
+    "one, equal": ("concat", (8,)),
+    "one, unequal": ("concat", (5,)),
     "concat, equal": ("concat", (8, 8)),
     "concat, unequal": ("concat", (8, 5)),
     "concat, three": ("concat", (3, 8, 5)),
     "mean, student's": ("mean", (8, 8)),
     "mean, another": ("mean", (5, 5)),
+}
+
+
+MIXES = {
+    **{name: {name: weight} for name, weight in WEIGHTS.items()},
+    "recipe": {name: WEIGHTS[name] for name in ("task", "crd", "fd", "icl")},
+    "no task": {name: WEIGHTS[name] for name in ("crd", "fd", "icl")},
+    "fd and icl": {name: WEIGHTS[name] for name in ("task", "fd", "icl")},
+    "relations": {name: WEIGHTS[name] for name in ("task", "crd", "afd")},
+    "gradients": {name: WEIGHTS[name] for name in ("task", "gd", "icl")},
 }
 
 
@@ -104,10 +118,81 @@ def test_all_terms_equal_the_oracle_with_all_gradients(case: str) -> None:
     compare(WEIGHTS, *CASES[case])
 
 
-@pytest.mark.parametrize("case", ["concat, unequal", "mean, another"])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_each_term_alone_equals_the_oracle_with_all_gradients(name: str, case: str) -> None:
-    compare({**dict.fromkeys(WEIGHTS, 0.0), name: WEIGHTS[name]}, *CASES[case])
+@pytest.mark.parametrize(
+    "case", ["one, equal", "one, unequal", "concat, equal", "concat, unequal", "mean, another"]
+)
+@pytest.mark.parametrize("mix", MIXES)
+def test_each_term_alone_and_mixes_equal_the_oracle_with_all_gradients(mix: str, case: str) -> None:
+    compare({**dict.fromkeys(WEIGHTS, 0.0), **MIXES[mix]}, *CASES[case])
+
+
+def through_normalisation(gradient: Tensor, x: Tensor) -> Tensor:
+    """From the gradient at a unit row to that at the row."""
+    length = x.norm(dim=1, keepdim=True)
+    along = (gradient * x).sum(1, keepdim=True) * x / length**2
+    return (gradient - along) / length
+
+
+def test_gradients_of_the_recipe_have_their_closed_form() -> None:
+    """With M, E1, E2 the gradients of the logits: of own pairs, image to text and text to image."""
+    crd, fd, icl = 0.7, 2000.0, 1.3
+    method = ClipKD(8, [8], task=1.0, crd=crd, fd=fd, icl=icl).double()
+    student, teacher = leaves(features(8)), features(8, 30.0, 1)
+    found = torch.autograd.grad(
+        total(method(student, [teacher]), method.weights), [*student, method.log_scale]
+    )
+    (x, y, scale), multiplier = (z.detach() for z in student), method.log_scale.detach().exp()
+    v, s, v_t, s_t = map(unit, (x, y, *teacher[:2]))
+    n, eye = len(x), torch.eye(len(x), dtype=torch.float64)
+
+    def both(logits: Tensor) -> Tensor:
+        return logits.softmax(1) + logits.softmax(0)
+
+    own, target = both(scale * v @ s.T), both(teacher.scale * v_t @ s_t.T)
+    m = ((1 + crd) * own - 2 * eye - crd * target) / (2 * n)
+    e1, e2 = (
+        icl / (2 * n) * ((multiplier * a @ b.T).softmax(1) - eye) for a, b in ((v, s_t), (s, v_t))
+    )
+    rate = 2 * fd / (n * 8)
+    image = scale * m @ s + multiplier * e1 @ s_t + rate * (v - v_t)
+    text = scale * m.T @ v + multiplier * e2 @ v_t + rate * (s - s_t)
+    expected = (
+        through_normalisation(image, x),
+        through_normalisation(text, y),
+        (m * (v @ s.T)).sum()[None],
+        multiplier * ((e1 * (v @ s_t.T)).sum() + (e2 * (s @ v_t.T)).sum()),
+    )
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
+
+
+def test_gradients_of_gradient_distillation_have_their_closed_form() -> None:
+    weights = {**dict.fromkeys(WEIGHTS, 0.0), "gd": 1.0}
+    method = ClipKD(8, [8], **weights).double()
+    student, teacher = leaves(features(8)), features(8, 30.0, 1)
+    found = torch.autograd.grad(method(student, [teacher])["gd"], student)
+    (x, y, scale), v_t, s_t = (z.detach() for z in student), *map(unit, teacher[:2])
+    v, s = unit(x), unit(y)
+    n, eye = len(x), torch.eye(len(x), dtype=torch.float64)
+
+    def inner(a: Tensor, b: Tensor, multiplier: Tensor) -> tuple[Tensor, ...]:
+        p, q = (multiplier * a @ b.T).softmax(1), (multiplier * b @ a.T).softmax(1)
+        g = ((p - eye) + (q - eye).T) / 2
+        return p, q, g, multiplier / n * g @ b, multiplier / n * g.T @ a
+
+    p, q, g, *ours = inner(v, s, scale)
+    theirs = inner(v_t, s_t, teacher.scale)[3:]
+    u, r = (2 * (a - b) / a.numel() for a, b in zip(ours, theirs, strict=True))
+    h = scale / n * (u @ s.T + v @ r.T)
+    logits = p * (h - (p * h).sum(1, keepdim=True)) / 2
+    logits = logits + (q * (h.T - (q * h.T).sum(1, keepdim=True)) / 2).T
+    expected = (
+        through_normalisation(scale / n * g @ r + scale * logits @ s, x),
+        through_normalisation(scale / n * g.T @ u + scale * logits.T @ v, y),
+        ((logits * (v @ s.T)).sum() + ((u * (g @ s)).sum() + (r * (g.T @ v)).sum()) / n)[None],
+    )
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("how", ["concat", "mean"])
@@ -152,43 +237,6 @@ def test_the_mean_of_a_teacher_twice_is_the_teacher_once() -> None:
     found, truth = twice(student, [teacher, teacher]), once(student, [teacher])
     for name in WEIGHTS:
         torch.testing.assert_close(found[name], truth[name], rtol=1e-12, atol=1e-15)
-
-
-def test_a_cosine_of_concatenated_teachers_is_the_mean_of_theirs() -> None:
-    rows = [features(width, seed=width).image for width in (8, 5, 3)]
-    found = ensemble(rows)
-    cosines = torch.stack([unit(x) @ unit(x).T for x in rows])
-    torch.testing.assert_close(found @ found.T, cosines.mean(0), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(6).double())
-    assert ensemble(rows[:1]) is rows[0]
-
-
-def test_low_precision_is_rounded_once() -> None:
-    rows = [features(width, seed=width).image.bfloat16() for width in (8, 5)]
-    found = ensemble(rows)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, united([x.float() for x in rows], "concat").bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("rows", "how", "message"),
-    [
-        ([(6, 8), (6, 5)], "mean", r'"mean" needs teachers of one width; \[8, 5\] came; use'),
-        ([(6, 8), (5, 8)], "concat", r"the same rows; \[6, 5\] came"),
-        ([(6, 8)], "sum", "'sum' came"),
-        ([], "concat", "at least one teacher"),
-    ],
-    ids=["widths", "rows", "word", "none"],
-)
-def test_what_cannot_be_united_is_refused(rows: Any, how: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ensemble([torch.ones(*shape) for shape in rows], how)
-
-
-def test_a_teacher_that_learns_is_refused() -> None:
-    learns = torch.ones(2, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="requires a gradient; run the teacher under"):
-        ensemble([torch.ones(2, 3), learns])
 
 
 def test_the_method_refuses_before_anything_runs() -> None:
