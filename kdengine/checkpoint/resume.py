@@ -68,8 +68,12 @@ def starting_point(run: Path, resume: str | None, ranks: Ranks) -> Path | None:
 
 
 def differences(meta: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ from a checkpoint's configuration: name -> (there, here)."""
-    there, here = _flat(meta["config"]), _flat(json.loads(json.dumps(to_dict(config))))
+    """Fields that differ from a checkpoint's configuration: name -> (there, here).
+
+    A field that is younger than the checkpoint had its default.
+    """
+    defaults, here = (_flat(json.loads(json.dumps(to_dict(c)))) for c in (RunConfig(), config))
+    there = defaults | _flat(meta["config"])
     return {
         name: (there.get(name), here.get(name))
         for name in sorted(there.keys() | here.keys())

@@ -26,9 +26,9 @@ reproduced:
     the gather has no gradient: encoders get 1/W   the loss's own gradient: AdamW divides a factor
     of it, the scale all of it                     out, but for eps, as if eps were W times larger
                                                    (--optim.eps); the logged norm is W times theirs
-    every rank draws heads and fusions of its own  one set, synchronised, decayed as other weights,
-    and never synchronises them; decay 0.01, in    in every checkpoint
-    no checkpoint
+    every rank draws heads and fusions of its own  one set, synchronised, in every checkpoint; heads
+    and never synchronises them; they and scales   decay as other weights, scales do not
+    decay by 0.01, and are in no checkpoint
     Cross-KD, of weight 0 in every script          left out, as in the paper
 """
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that was interrupted and resumed is the run that was not, to the last bit."""
 
+import dataclasses
 import os
 import signal
+
+from kdengine.checkpoint.resume import differences
+from kdengine.config import ClipKD, Distill, Method, RunConfig, to_dict
 
 MODES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "amp_bf16")]
 
@@ -45,6 +49,19 @@ def test_resumed_run_is_bit_equal(run_ranks, words, records, tmp_path) -> None:
         assert [r["step"] for r in part] == list(range(1, 10))
         for name in ("loss", "scale", "grad_norm", "lr", "samples_seen"):
             assert [r[name] for r in part] == [r[name] for r in whole], (stage, precision, name)
+
+
+def test_a_checkpoint_from_before_a_setting_had_its_default() -> None:
+    config = RunConfig(distill=Distill(distill_model=("ViT-B-16",)))
+    old = to_dict(config)
+    old["distill"] = {"distill_model": "ViT-B-16"}
+    del old["method"]["clip_kd"]["teacher_features"]
+    assert differences({"config": old}, config) == {}
+    changed = Method(clip_kd=ClipKD(teacher_features="mean", fd=1.0))
+    assert differences({"config": old}, dataclasses.replace(config, method=changed)) == {
+        "method.clip_kd.fd": (2000.0, 1.0),
+        "method.clip_kd.teacher_features": ("concat", "mean"),
+    }
 
 
 def test_resume_of_a_finished_run_ends_at_once(train_here, words, records, tmp_path) -> None:
