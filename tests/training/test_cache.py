@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdengine.cache import Store
-from kdengine.data import ViewSpec, build_loader, ensure_index
+from kdengine.cache import CachedTeachers, Store, build_cache
+from kdengine.data import build_loader, ensure_index
 from kdengine.models import build_student, build_teacher, export_student
+from kdengine.ranks import Ranks
+from kdengine.teachers import view
+
+CPU = torch.device("cpu")
 
 # relative difference of a step's loss against a live teacher, for 20 steps
 LIMITS = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
@@ -143,18 +147,23 @@ def test_ranks_share_the_work_and_an_interrupted_cache_goes_on(
     assert not list(two.rglob(".partial*"))
 
 
-def test_batch_holds_the_crop_and_the_embeddings_that_were_stored(
-    caches: Any, shards: str, teacher: Path
+def test_batch_holds_the_crop_and_what_each_teacher_made_of_it(
+    shards: str, teacher: Path, tiny: Path, tmp_path: Path
 ) -> None:
     index = ensure_index(shards, tokenizers=["simple:16", "simple:24"])
-    model = build_teacher(f"local-dir:{teacher}")
-    pre = model.spec.preprocess
-    store = Store(caches["fp32"])
+    # of another size, width and context length than the first
+    models = [build_teacher(f"local-dir:{teacher}"), build_teacher(str(tiny), allow_random=True)]
+    assert len({(m.spec.preprocess.size, m.spec.embed_dim, m.spec.tokenizer) for m in models}) == 2
+    options = {"views": 2, "storage": "fp32", "seed": 0, "ranks": Ranks(0, 1, 0, CPU)}
+    made = build_cache(index, models, ["a", "b"], tmp_path / "out", **options, batch_size=20)
+    assert (made.num_samples, made.num_captions, made.num_made) == (96, 96, 3 * 96)
+    store = Store(tmp_path / "out")
     store.attach(index)
+    teachers = CachedTeachers(store, torch.float32, CPU)
     loader = build_loader(
         index,
-        views={"image": ViewSpec(pre.size, pre.mean, pre.std)},
-        tokenizers={"tokens": "simple:24"},
+        views={f"image_{k}": view(m.spec.preprocess) for k, m in enumerate(models)},
+        tokenizers={f"tokens_{k}": m.spec.tokenizer for k, m in enumerate(models)},
         batch_size=32,
         num_threads=1,
         shuffle_buffer=32,
@@ -163,10 +172,13 @@ def test_batch_holds_the_crop_and_the_embeddings_that_were_stored(
     seen = set()
     for _ in range(6):
         batch = next(loader)
-        features = model(batch["image"], batch["tokens"])
-        for modality in ("image", "text"):
-            unit = torch.nn.functional.normalize(getattr(features, modality), dim=1)
-            torch.testing.assert_close(batch[f"cached_{modality}_0"], unit, rtol=0, atol=3e-6)
+        stored = teachers(batch)
+        for k, (model, found) in enumerate(zip(models, stored, strict=True)):
+            live = model(batch[f"image_{k}"], batch[f"tokens_{k}"])
+            for mine, theirs in zip(found[:2], live[:2], strict=True):
+                unit = torch.nn.functional.normalize(theirs, dim=1)
+                torch.testing.assert_close(mine, unit, rtol=0, atol=3e-6)
+            assert float(found.scale) == float(live.scale)
         seen |= set(
             zip(batch["sample"].tolist(), map(tuple, batch["window"].tolist()), strict=True)
         )
