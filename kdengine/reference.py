@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle: every loss of the four papers, dense, obvious and correct in any float dtype.
 
+Beside the losses stand the two numbers that say how alike student and teacher have become,
+``mean_cosine`` and ``linear_cka``.
+
 This file is the specification of the engine's mathematics; everything else computes the same
 numbers faster. It keeps whole similarity matrices, so use it for tests and benchmarks, in float64.
 
@@ -383,6 +386,49 @@ def moment_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     teacher = teacher.detach()
     means = (student.mean(0) - teacher.mean(0)).abs().mean()
     return means + (student.var(0, correction=0) - teacher.var(0, correction=0)).abs().mean()
+
+
+def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far student and teacher point the same way: the mean cosine of corresponding rows.
+
+    ``1/N sum_i <student_i, teacher_i> / (||student_i|| ||teacher_i||)``
+
+    Shapes: student, teacher (N, E), of any length. Returns: 0-D, from -1 to 1.
+    Raises: ValueError for unequal shapes.
+    Source: CLIP-KD Fig. 3.
+    """
+    _same_shape("mean_cosine", student=student, teacher=teacher)
+    return (F.normalize(student, dim=1) * F.normalize(teacher, dim=1)).sum(1).mean()
+
+
+def linear_cka(student: Tensor, teacher: Tensor, *, debiased: bool = True) -> Tensor:
+    """Whether student and teacher arrange a batch alike, whatever the widths and the rotation.
+
+    ``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))``, K = X X^T, L = Y Y^T, of centred columns (which
+    the debiased form does not need), with
+
+    * biased: ``HSIC(K, L) = tr(K L)``; near 1 for anything when N << D, E
+    * debiased: of K and L with zero diagonals, up to a factor that cancels,
+      ``tr(K L) + 1^T K 1 1^T L 1 / ((N-1) (N-2)) - 2/(N-2) 1^T K L 1``; about 0 when independent
+
+    Shapes: student X (N, D), teacher Y (N, E). Unchanged by rotations, scales and shifts of either.
+    Returns: 0-D; 1 for equal arrangements; nan if N < 4 (debiased) or all rows of one are equal.
+    Source: Kornblith et al. 2019; unbiased HSIC: Song et al. 2012, as in Nguyen et al. 2021.
+    """
+    num = len(student)
+    k, ell = ((x - x.mean(0)) @ (x - x.mean(0)).mT for x in (student, teacher))
+    if debiased and num < 4:
+        return student.new_full((), math.nan)
+    if debiased:
+        k, ell = (gram - gram.diag().diag() for gram in (k, ell))
+
+    def hsic(k: Tensor, ell: Tensor) -> Tensor:
+        if not debiased:
+            return (k * ell).sum()
+        sums = k.sum() * ell.sum() / ((num - 1) * (num - 2))
+        return (k * ell).sum() + sums - 2 / (num - 2) * (k.sum(0) @ ell.sum(0))
+
+    return hsic(k, ell) / (hsic(k, k) * hsic(ell, ell)).sqrt()
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

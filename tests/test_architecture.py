@@ -28,6 +28,7 @@ LINES = {
     "kdengine.losses": 3,
     "kdengine.models": 3,
     "kdengine.data": 3,
+    "kdengine.diagnostics": 3,
     "kdengine.distributed": 2,
     "kdengine.ranks": 2,
     "kdengine.ops": 1,
