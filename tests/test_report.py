@@ -275,6 +275,35 @@ def test_curves_are_drawn_for_what_was_logged(pair):
     assert "samples / s, all ranks" in page.words and "step" in page.words
 
 
+def test_likeness_to_the_teacher_has_rows_and_curves_where_a_run_logged_it(pair):
+    values = {"cka/text": 0.25, "cosine/image_1": 0.35, "cka/image": 0.45, "cosine/image": 0.55}
+    records = [step_record(4, **values), step_record(40, **values | {"cka/image": 0.5})]
+    # neither is a likeness: not a modality, and never finite
+    records[1] |= {"cosine/text_x": 0.6, "cosine/text": None}
+    write_lines(pair[1] / "metrics.jsonl", records)
+    text, page = report(*pair)
+    rows = [row for row in page.rows if " with teacher" in row[0][0]]
+    assert [[cell.strip() for cell, _ in row] for row in rows] == [
+        ["Cosine with teacher, images", "0.550"],
+        ["CKA with teacher, images", "0.500"],
+        ["CKA with teacher, texts", "0.250"],
+        ["Cosine with teacher 2, images", "0.350"],
+    ]
+    drawn = re.findall(r'aria-label="([^"]*with teacher[^"]*)"', text)
+    assert drawn == [row[0][0].strip() for row in rows]
+    assert "debiased linear CKA" in page.words and "Likeness to the teacher" in page.words
+
+
+def test_without_likeness_or_evaluation_nothing_is_said_of_it(tmp_path):
+    folder = make_run(tmp_path / "a")
+    assert "Likeness" not in report(folder)[1].words
+    write_lines(folder / "metrics.jsonl", [step_record(3, **{"cka/image": 0.5})])
+    (folder / "eval.jsonl").unlink()
+    _, page = report(folder)
+    assert page.row("CKA with teacher, images")[1][0] == "0.500"
+    assert "step 3" in page.words
+
+
 def test_a_single_evaluation_is_no_curve(tmp_path):
     text, _ = report(make_run(tmp_path / "a", num_evaluations=1))
     assert 'aria-label="Training loss"' in text and 'aria-label="Zero-shot' not in text

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from kdengine.report import likeness
 from kdengine.report.markup import Html
 from kdengine.report.metrics import Metric
 from kdengine.report.runs import Record, points
@@ -75,7 +76,7 @@ def colour(number: int) -> str:
 
 
 def training_curves(runs: Sequence[Record]) -> list[Curve]:
-    """Loss, its terms, and what else is logged at every step."""
+    """Loss, its terms, likeness to the teacher, and what else is logged at every step."""
     names = dict.fromkeys(name for run in runs for record in run.steps for name in record)
     terms = [name for name in names if name.startswith("loss/")]
     wanted: list[Curve] = []
@@ -91,6 +92,8 @@ def training_curves(runs: Sequence[Record]) -> list[Curve]:
         squared = {"fd": "mean squared error", "fd_sum": "squared error", "gd": "squared error"}
         unit = f"{squared.get(term, 'nats')}, unweighted"
         add(name, LOSSES.get(term, f"Loss term {term}"), unit)
+    for one in likeness.collect(runs):
+        add(one.key, one.label, one.unit, hint="each rank's batch, mean over ranks")
     add("lr", "Learning rate", "learning rate", from_zero=True, smooth=False)
     add("scale", "Scale of the logits", "exp(log scale)", smooth=False)
     add("grad_norm", "Gradient norm", "norm before clipping", from_zero=True)

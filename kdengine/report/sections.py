@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdengine.report import curves
+from kdengine.report import curves, likeness
 from kdengine.report.markup import Html, note, render, tag
 from kdengine.report.metrics import ARROW, DASH, Metric, best_runs, is_zero, signed
 from kdengine.report.runs import Record, teachers
 from kdengine.report.samples import Samples
-from kdengine.report.tables import heads, swatch, table
+from kdengine.report.tables import heads, number, swatch, table
 from kdengine.report.verdict import Pair, contestants, mean_gain
 
 MARKS = {True: ("right", "\u2713"), False: ("wrong", "\u2717")}
@@ -19,7 +19,7 @@ MARKS = {True: ("right", "\u2713"), False: ("wrong", "\u2717")}
 def results(runs: Sequence[Record], metrics: Sequence[Metric]) -> Html:
     """Every metric of every run, differences against the first one, the best marked."""
     if not metrics:
-        return note("No run holds evaluation results (eval.jsonl).")
+        return render(note("No run holds evaluation results (eval.jsonl)."), _likeness(runs))
     rivals = contestants(runs)
     first = rivals[0]
     aside = teachers(runs)
@@ -53,7 +53,28 @@ def results(runs: Sequence[Record], metrics: Sequence[Metric]) -> Html:
     lacking = [m for m in metrics if any(m.key not in r.results for r in runs if r.results)]
     if lacking:
         parts.append(note(f"{len(lacking)} metrics were not measured for every run ({DASH})."))
-    return render(_picture(runs, metrics, aside), parts)
+    return render(_picture(runs, metrics, aside), parts, _likeness(runs))
+
+
+def _likeness(runs: Sequence[Record]) -> Html:
+    """How alike student and teacher were when it was last logged, in the runs that know."""
+    found = likeness.collect(runs)
+    last = {i: [run.series(one.key)[0][-1:] for one in found] for i, run in enumerate(runs)}
+    knowing = [i for i, steps in last.items() if any(steps)]
+    if not knowing:
+        return render()
+    say = [f"step {max(sum(steps, [0.0])):,.0f}" for steps in last.values()]
+    columns = heads(runs, lambda run: say[runs.index(run)])
+    rows = []
+    for one in found:
+        values = [runs[i].last(one.key) for i in knowing]
+        cells = [tag("td", number(v, 3), class_="none" if v is None else None) for v in values]
+        rows.append(tag("tr", tag("th", one.label, scope="row"), cells))
+    return render(
+        tag("h3", "Likeness to the teacher"),
+        table([tag("th"), *(columns[i] for i in knowing)], rows, "results"),
+        tag("p", likeness.EXPLANATION, class_="hint"),
+    )
 
 
 def _picture(runs: Sequence[Record], metrics: Sequence[Metric], aside: Sequence[Record]) -> Html:
