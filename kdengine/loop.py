@@ -52,12 +52,14 @@ def train(job: Job) -> int:
             break
         meter.leave_out(time.perf_counter() - aside)
         overdue = 0 < config.run.save_every_minutes * 60 < time.monotonic() - saved_at
-        step = run_step(job, save=overdue and job.ranks.first)
+        number = state.step + 1
+        logged = number % config.run.log_every_n_steps == 0 or number == job.total
+        step = run_step(job, save=overdue and job.ranks.first, diagnose=logged)
         state.step += 1
         state.samples_seen += config.train.batch_size * job.ranks.world_size
         count_skipped(job, step)
         meter.add(step.data_wait_s)
-        if state.step % config.run.log_every_n_steps == 0 or state.step == job.total:
+        if logged:
             state.elapsed_s = elapsed_before + time.monotonic() - started
             record(job, step, meter)
         stopping, save_asked = step.stop, step.save
@@ -68,8 +70,10 @@ def train(job: Job) -> int:
     return 0
 
 
-def run_step(job: Job, *, save: bool) -> Step:
+def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
     """One batch through teachers and student, one update.
+
+    With ``diagnose`` the terms hold the likeness of student and teachers, of each rank's own batch.
 
     Communication: beside the engine's own and the losses', one all-reduce of the loss terms, the
     request to stop and the request to save; its result is read after the update, so that it costs
@@ -85,7 +89,7 @@ def run_step(job: Job, *, save: bool) -> Step:
     job.heartbeat.at("computing")
     teachers = job.teachers(batch) if job.teachers else ()
     job.buffers.keep()
-    loss, terms = engine(batch["image"], batch["tokens"], teachers)
+    loss, terms = engine(batch["image"], batch["tokens"], teachers, diagnose)
     told = {"loss": loss.detach(), **terms}
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
     # a loss that is not finite must not leave finite gradients: NaN spreads to the norm of all

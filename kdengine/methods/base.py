@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from kdengine.methods.likeness import Heads, first_outputs, likeness
 from kdengine.models import Features, TwoTower
 from kdengine.models.masking import install_mask
 
@@ -60,6 +61,14 @@ class Method(nn.Module, ABC):
         Further scalars, worth a place in the log, may stand beside them under other names.
         """
 
+    def heads(self, teacher: int) -> Heads | None:
+        """What brings the student's embeddings into a teacher's space, to log their cosine there.
+
+        ``forward`` calls each, first with the student's own embeddings. None where it compares
+        nothing there.
+        """
+        return None
+
     def log_scales(self) -> list[nn.Parameter]:
         """Learnable log scales to be kept within [0, ln 100] after every optimiser step."""
         return []
@@ -76,7 +85,11 @@ class Distillation(nn.Module):
             install_mask(student.clip.visual)  # type: ignore[arg-type]
 
     def forward(
-        self, image: Tensor, tokens: Tensor, teachers: Sequence[Features] = ()
+        self,
+        image: Tensor,
+        tokens: Tensor,
+        teachers: Sequence[Features] = (),
+        diagnose: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step's loss.
 
@@ -87,7 +100,8 @@ class Distillation(nn.Module):
         Returns:
             The loss of this rank's rows and columns, fp32, in nats (the mean over ranks is the
             loss of the global batch), and the detached unweighted terms, with the student's
-            exponentiated scale under the name ``scale``.
+            exponentiated scale under the name ``scale``, and with ``diagnose`` the ``likeness`` of
+            student and teachers.
 
         Raises:
             ValueError: the method needs a teacher and none was given.
@@ -99,10 +113,15 @@ class Distillation(nn.Module):
         masked = None
         if ratio:
             masked = student.image if mask_all else self.student.encode_image(image, ratio)
-        terms: dict[str, Tensor] = self.method(student, teachers, masked)
+        heads = [self.method.heads(n) for n in range(len(teachers))] if diagnose else []
+        with first_outputs(head for pair in heads if pair for head in pair[:2]) as seen:
+            terms: dict[str, Tensor] = self.method(student, teachers, masked)
         weighted = [weight * terms[name] for name, weight in self.method.weights.items()]
         logged = {name: term.detach() for name, term in terms.items()}
         logged["scale"] = student.scale.detach().squeeze()
+        if diagnose:
+            projected = [pair.project(seen) if pair else student[:2] for pair in heads]
+            logged |= likeness(student, teachers, projected)
         return sum(weighted[1:], weighted[0]), logged
 
     def log_scales(self) -> list[nn.Parameter]:

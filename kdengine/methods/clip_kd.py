@@ -53,6 +53,7 @@ from kdengine.losses import (
 )
 from kdengine.losses.quirks import released_gradient
 from kdengine.methods.base import Method
+from kdengine.methods.likeness import Heads
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
 
@@ -194,6 +195,16 @@ class ClipKD(Method):
             ensemble(texts, self.teacher_features),
             torch.stack([scale.reshape(()) for scale in scales]).mean(),
         )
+
+    def heads(self, teacher: int) -> Heads | None:
+        """Those of FD, ICL and GD; side by side, each teacher has its own columns."""
+        if not self._compares():
+            return None
+        if self.teacher_features == "mean":
+            return Heads(self.image_head, self.text_head)
+        first = sum(self.teacher_widths[:teacher])
+        columns = slice(first, first + self.teacher_widths[teacher])
+        return Heads(self.image_head, self.text_head, columns)
 
     def _compares(self) -> bool:
         """Whether a term compares embeddings in the teacher's width."""

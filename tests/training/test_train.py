@@ -54,8 +54,8 @@ def poisoned(rank: int, world_size: int, lines: list[list[str]], bad: set[int]) 
 
     forward, calls = Distillation.forward, [0]
 
-    def broken(self, image, tokens, teachers=()):
-        loss, terms = forward(self, image, tokens, teachers)
+    def broken(self, *inputs):
+        loss, terms = forward(self, *inputs)
         calls[0] += 1
         return (loss + math.inf if rank == 1 and calls[0] in bad else loss), terms
 
