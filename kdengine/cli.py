@@ -106,6 +106,7 @@ def evaluate(
     max_pixels: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
     workers: int = 4,
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+    teacher: Annotated[tuple[str, ...], arg(metavar="MODEL...", help_behavior_hint="")] = (),
 ) -> int:
     """Evaluate an exported folder, a run, or an open_clip model on sets of shards.
 
@@ -118,6 +119,7 @@ def evaluate(
         max_pixels: Largest image that is not quarantined; by default that of the run, or 89478485.
         workers: Decoding threads.
         out: Also write the numbers to this JSON file.
+        teacher: Models, as MODEL, to compare with over the retrieval sets: cosine and CKA.
     """
     # what can be wrong with the words is found before torch is loaded
     own = _run_settings(model)
@@ -128,19 +130,21 @@ def evaluate(
         raise IsADirectoryError(f"eval: --out {out} is a folder; expected the name of a file")
     if out is not None and not out.parent.is_dir():
         raise FileNotFoundError(f"eval: --out {out}: the folder {out.parent} does not exist")
+    if teacher and not retrieval:
+        raise ValueError("eval: --teacher compares on retrieval sets; give --retrieval NAME=SHARDS")
+    are_runs = [own is not None, *(_run_settings(word) is not None for word in teacher)]
     from kdengine.evaluate import evaluate_command
 
     with tempfile.TemporaryDirectory() as folder:
-        exported = model
-        if own is not None:
-            from kdengine.checkpoint import export_run
-
-            exported = f"{folder}/export"
-            export_run(Path(model), Path(exported))
+        exported = [
+            _export_latest(word, f"{folder}/{number}") if is_run else word
+            for number, (word, is_run) in enumerate(zip((model, *teacher), are_runs, strict=True))
+        ]
         own = {"index_dir": None, "max_pixels": MAX_PIXELS} | (own or {})
         table = evaluate_command(
-            exported,
+            exported[0],
             sets,
+            teachers=dict(zip(teacher, exported[1:], strict=True)),
             batch_size=batch_size,
             index_dir=own["index_dir"] if index_dir is None else index_dir,
             max_pixels=own["max_pixels"] if max_pixels is None else max_pixels,
@@ -264,6 +268,13 @@ def _refuse_folder_of_runs(command: str, folder: Path) -> None:
             f"{command}: {folder} is not a run, it holds runs; did you mean "
             f"{' or '.join(inside[:5])}?"
         )
+
+
+def _export_latest(run: str, out: str) -> str:
+    from kdengine.checkpoint import export_run
+
+    export_run(Path(run), Path(out))
+    return out
 
 
 def _run_settings(model: str) -> dict[str, Any] | None:

@@ -2,13 +2,16 @@
 """What ``kdengine eval`` does: load a model, evaluate it in one process, show a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from kdengine import MAX_PIXELS
 from kdengine.evaluate.evaluator import run_evaluation
+from kdengine.evaluate.likeness import likeness_of_sets, likeness_table
 from kdengine.evaluate.sets import EvalSet
 from kdengine.log import metrics_table
 from kdengine.models import Student, load_model
@@ -19,19 +22,22 @@ def evaluate_command(
     model: str,
     sets: Sequence[EvalSet],
     *,
+    teachers: Mapping[str, str] | None = None,
     batch_size: int = 128,
     index_dir: str | None = None,
     max_pixels: int = MAX_PIXELS,
     num_threads: int = 4,
     out: str | Path | None = None,
     title: str | None = None,
-) -> Table:
+) -> Table | Group:
     """Evaluate a model on sets of shards, on the GPU if there is one (see ``on_gpu``).
 
     Args:
         model: folder of an export, ``local-dir:PATH``, or ``ARCHITECTURE@TAG`` of open_clip, where
             a checkpoint file may stand for the tag.
         sets: see ``parse_eval_sets``.
+        teachers: models, as ``model``, to compare with over the retrieval sets, by their names in
+            the table.
         batch_size: images in a forward pass.
         index_dir: folder of the indexes, where the shards' own cannot be written.
         max_pixels: see ``ensure_index``.
@@ -40,28 +46,31 @@ def evaluate_command(
         title: of the table; the model by default.
 
     Returns:
-        A table of all metrics.
+        A table of all metrics; with teachers a second one, of the likeness to each.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: see ``load_model`` and ``Evaluator``.
     """
     tower, spec = open_model(model)
+    others = {name: open_model(teacher) for name, teacher in (teachers or {}).items()}
     device = "cuda" if on_gpu() else "cpu"
-    metrics = run_evaluation(
-        tower.to(device),
-        spec,
-        sets,
-        batch_size=batch_size,
-        index_dir=index_dir,
-        max_pixels=max_pixels,
-        num_threads=num_threads,
-        device=device,
-        progress=True,
-    )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "index_dir": index_dir,
+        "max_pixels": max_pixels,
+        "num_threads": num_threads,
+        "device": device,
+    }
+    metrics = run_evaluation(tower.to(device), spec, sets, progress=True, **options)
     assert metrics is not None
+    table: Table | Group = metrics_table(metrics, title or model)
+    if others:
+        alike = likeness_of_sets(Student(tower, spec), list(others.values()), sets, **options)
+        table = Group(table, likeness_table(alike, sets, list(others)))
+        metrics |= alike
     if out is not None:
         Path(out).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    return metrics_table(metrics, title or model)
+    return table
 
 
 def open_model(model: str) -> Student:
