@@ -145,7 +145,7 @@ def build_engine(
     if config.train.torchcompile:
         student.tower.compile()
     root = Distillation(student.tower, method).to(me.device)
-    optimizer = adamw(root, config.optim, me.device)
+    optimizer = adamw(root, config.optim)
     engine, *_ = deepspeed.initialize(
         model=root, optimizer=optimizer, config=engine_config, dist_init_required=False
     )
