@@ -16,9 +16,10 @@ class Fault(NamedTuple):
 # in the order in which they are looked for: a sample is quarantined with the first that applies
 SAMPLE_CAUSES = {
     "duplicate-key": "the key was seen before in the same shard; the first one is kept",
-    "member-unreadable": "reading the bytes of a member failed",
+    "member-unreadable": "reading the bytes of a member or a file failed",
+    "file-name": "the path of the image file is not UTF-8, which DALI needs",
     "image-missing": "no member of the sample is an image by its extension",
-    "image-link": "the image member is a link or a device; links are never followed",
+    "image-link": "a link or a device in an archive, no plain file in a folder",
     "image-empty": "the image member has no bytes",
     "image-truncated": "the archive ends inside the image member",
     "image-bytes": "the image member is larger than an uncompressed image of max_pixels",
@@ -38,11 +39,11 @@ SAMPLE_CAUSES = {
 
 ARCHIVE_CAUSES = {
     "archive-missing": "there is no such file",
-    "archive-unreadable": "the file cannot be read",
+    "archive-unreadable": "the file, or a folder of images, cannot be read",
     "archive-empty": "the file has no bytes",
     "archive-compressed": "the archive is compressed; DALI reads plain tar only",
     "archive-not-tar": "the file is not a tar archive",
-    "archive-no-members": "a tar archive without members",
+    "archive-no-members": "a tar archive without members, or class folders without an image",
     "archive-truncated": "the archive ends too early; the samples before the end are kept",
     "archive-bad-header": "a member header is damaged; the samples before it are kept",
     "archive-trailing-data": "bytes after the end mark are ignored (concatenated archives?)",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one DALI graph: shards -> crop windows -> decoded windows -> normalised views.
 
-    webdataset reader -> peek_image_shape -> window source -> image_slice -> resize -> normalise
+    reader (webdataset or file) -> peek_image_shape -> window source -> image_slice
+        -> resize -> normalise
 
 The graph is the same on CPU and GPU: with a device number the decoder is `mixed` and everything
 after it follows onto the GPU. The window source is one small function: it draws windows at random,
@@ -54,6 +55,7 @@ class ReaderSpec:
 
     `shuffle_buffer` 0 reads in order and the same part in every pass; otherwise the parts change
     hands and the archives are reordered after each pass, and samples are drawn from a buffer.
+    `files` are images on their own, read in order, in place of archives.
     """
 
     tars: tuple[str, ...]
@@ -63,6 +65,7 @@ class ReaderSpec:
     batch_size: int
     shuffle_buffer: int
     seed: int
+    files: tuple[str, ...] = ()
 
 
 class RawBatch(NamedTuple):
@@ -70,7 +73,8 @@ class RawBatch(NamedTuple):
 
     Shapes: views [b, 3, S, S] float32 on the pipeline's device; windows [b, 4] int64 on the CPU,
     (top, left, height, width) in pixels of the stored image; numbers [b] int64, which of the stored
-    views it is (0 for windows that were drawn); sources, b times `tar:offset:name`.
+    views it is (0 for windows that were drawn); sources, b times `tar:offset:name`, or the path of
+    a file.
     """
 
     views: list[torch.Tensor]
@@ -169,6 +173,16 @@ def _resize(image: Any, extent: Any, first: Any, last: Any, size: int) -> Any:
 
 def read(reader: ReaderSpec) -> tuple[Any, Any]:
     """Encoded images, and where each comes from (`source_info`), inside a pipeline."""
+    shared: dict[str, Any] = {
+        "name": SOURCE_OPERATORS[0],
+        "num_shards": reader.world_size,
+        "shard_id": reader.rank,
+        "seed": derive_seed(reader.seed, 1, reader.rank),
+        # every rank runs the same number of batches in a pass, whatever its part is
+        "pad_last_batch": True,
+        # a mapped file that shrinks kills the process with SIGBUS; a read raises an error
+        "dont_use_mmap": True,
+    }
     order: dict[str, Any] = {"stick_to_shard": True}
     if reader.shuffle_buffer:
         # the archive order must be common to all ranks, or their parts would overlap
@@ -178,20 +192,13 @@ def read(reader: ReaderSpec) -> tuple[Any, Any]:
             "shuffle_after_epoch": True,
             "shuffle_after_epoch_seed": derive_seed(reader.seed, 0),
         }
-    encoded = fn.readers.webdataset(
-        name=SOURCE_OPERATORS[0],
-        paths=list(reader.tars),
-        index_paths=list(reader.indexes),
-        ext=["img"],
-        num_shards=reader.world_size,
-        shard_id=reader.rank,
-        seed=derive_seed(reader.seed, 1, reader.rank),
-        # every rank runs the same number of batches in a pass, whatever its part is
-        pad_last_batch=True,
-        # a mapped file that shrinks kills the process with SIGBUS; a read raises an error
-        dont_use_mmap=True,
-        **order,
-    )
+    if reader.files:
+        encoded, _ = fn.readers.file(files=list(reader.files), **shared, **order)
+    else:
+        tars, indexes = list(reader.tars), list(reader.indexes)
+        encoded = fn.readers.webdataset(
+            paths=tars, index_paths=indexes, ext=["img"], **shared, **order
+        )
     return encoded, fn.get_property(encoded, name=SOURCE_OPERATORS[1], key="source_info")
 
 

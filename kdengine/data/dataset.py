@@ -23,9 +23,9 @@ class ShardIndex:
     """One shard with at least one good sample; a shard listed twice appears twice.
 
     Attributes:
-        tar: absolute path of the archive.
+        tar: absolute path of the archive, or of a folder of class folders.
         idx: path of our DALI v1.2 index: component `img`, name field = number of the sample in the
-            shard, from 0 to num_samples - 1.
+            shard, from 0 to num_samples - 1. A folder has none.
         num_samples: good samples.
         first: global number of the first of them; global number = first + number in the shard.
         folder: the index folder of the shard.
@@ -53,6 +53,8 @@ class DatasetIndex:
         shards: those with at least one good sample.
         num_listed: shards that were asked for, those without a good sample included.
         num_samples: good samples, over all shards as often as they are listed.
+        classes: names of the class folders, sorted as text, where the data is a folder of them;
+            else None.
         num_quarantined: bad samples, likewise; good and bad together are all samples.
         quarantine_paths: the `quarantine.jsonl` files that name the bad ones.
         stats: what it took to bring the index up to date.
@@ -68,6 +70,8 @@ class DatasetIndex:
                 first += meta["num_samples"]
         self.shards: tuple[ShardIndex, ...] = tuple(shards)
         self.num_listed = len(self._metas)
+        names = self._metas[0].get("classes")
+        self.classes: tuple[str, ...] | None = None if names is None else tuple(names)
         self.num_samples: int = first
         self.num_quarantined: int = sum(meta["num_quarantined"] for meta in self._metas)
         roots = dict.fromkeys(place.folder.parent for place in places)
@@ -127,7 +131,11 @@ class DatasetIndex:
         return DatasetIndex([Place(shard.tar, Path(shard.folder))], self.stats)
 
     def labels(self) -> np.ndarray:
-        """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none."""
+        """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none.
+
+        In a folder it is the number of its class folder in `classes`, which is an order of names
+        and says nothing about the classes of a model.
+        """
         parts = [_samples(shard)[:-1, LABEL] for shard in self.shards]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
@@ -137,6 +145,16 @@ class DatasetIndex:
         start, end = _samples(shard)[local[0] : local[0] + 2, KEY_START]
         keys = _map(shard.folder, "keys.bin", shard.generation)
         return bytes(keys[start:end]).decode("utf-8", "surrogateescape")
+
+    def files(self) -> list[str]:
+        """Path of every image of a folder, in the order of the samples; [] for shards."""
+        if self.classes is None or not self.shards:
+            return []
+        (shard,) = self.shards
+        start = _samples(shard)[:, KEY_START]
+        keys = bytes(_map(shard.folder, "keys.bin", shard.generation))
+        pairs = zip(start[:-1], start[1:], strict=True)
+        return [f"{shard.tar}/{keys[begin:end].decode()}" for begin, end in pairs]
 
     def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """Group global numbers: (shard, their positions in the argument, numbers in the shard).

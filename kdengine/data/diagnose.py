@@ -38,33 +38,39 @@ def explain(
         index: names the samples.
         reader: the reader of the pipeline that failed.
         checkpoint: the state before the batch.
-        number_of: global sample number of a `tar:offset:name`.
+        number_of: global sample number of a `tar:offset:name`, or of a file.
         on_gpu: whether the pipeline that failed decodes on a GPU.
     """
     reason = _reason(str(error))
     who = f"data (rank {reader.rank} of {reader.world_size})"
-    advice = "was changed after it was indexed; re-run `kdengine index {}` and resume"
+    what, option = ("folder", " --require label") if reader.files else ("shard", "")
+    advice = f"the {what} was changed after it was indexed; re-run `kdengine index {{}}{option}` "
+    advice += "and resume"
     try:
         failed = _failed_sample(reader, read_sources(reader, checkpoint))
     except (RuntimeError, OSError) as second:
         told = f"{error} {second}"
         pairs = zip(reader.tars, reader.indexes, strict=True)
         tar = next((tar for tar, idx in pairs if tar in told or idx in told), None)
-        if tar is None:
+        place = next((file for file in reader.files if file in told), tar)
+        if tar is None or place is None:
             return f"{who}: DALI cannot read the shards: {reason}"
-        return f"{who}: DALI cannot read {tar}: {reason}; the shard {advice.format(tar)}"
+        return f"{who}: DALI cannot read {place}: {reason}; {advice.format(tar)}"
     if failed is None:
         again = "each was decoded again, with DALI's CPU decoder"
         if on_gpu:
             again += ", while this run decodes on the GPU, which may refuse what the CPU takes"
         return f"{who}: DALI failed, but not on a single sample of the batch ({again}): {reason}"
     source, fault = failed
-    tar, offset, _ = source.rsplit(":", 2)
     number = number_of(source)
+    tar, place = reader.tars[0], source
+    if not reader.files:
+        tar, offset, _ = source.rsplit(":", 2)
+        place = f"at byte {offset} of {tar}"
     judge = "DALI's CPU decoder" + (", asked in place of the GPU's" if on_gpu else "")
     return (
-        f"{who}: DALI cannot decode sample {number} (key {index.key(number)!r}, at byte {offset} "
-        f"of {tar}): {fault.detail} (says {judge}); the shard {advice.format(tar)}"
+        f"{who}: DALI cannot decode sample {number} (key {index.key(number)!r}, {place}): "
+        f"{fault.detail} (says {judge}); {advice.format(tar)}"
     )
 
 
@@ -76,7 +82,7 @@ def read_sources(reader: dali.ReaderSpec, checkpoint: bytes | None) -> list[str]
         checkpoint: state of an `ImagePipeline`, None for its beginning.
 
     Returns:
-        `tar:offset:name` of each sample of the batch that follows the checkpoint.
+        `tar:offset:name`, or file, of each sample of the batch that follows the checkpoint.
 
     Raises:
         RuntimeError: the reader fails too.
@@ -110,6 +116,9 @@ def _failed_sample(reader: dali.ReaderSpec, sources: Sequence[str]) -> tuple[str
 
 
 def _read_image(reader: dali.ReaderSpec, source: str) -> bytes:
+    if reader.files:
+        with open(source, "rb") as file:
+            return file.read()
     tar, offset, _ = source.rsplit(":", 2)
     with open(reader.indexes[reader.tars.index(tar)]) as lines:
         size = next(int(line.split()[2]) for line in lines if line.split()[1] == offset)

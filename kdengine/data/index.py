@@ -3,7 +3,8 @@
 
 A sample is good if its image is (an 8-bit JPEG, PNG, WebP or BMP by content, at most max_pixels by
 its header, decoded by DALI's CPU decoder), its caption is UTF-8 and not blank, and its key is the
-first of its kind in the shard. All others are in `quarantine.jsonl` with their cause.
+first of its kind in the shard. In a folder with one folder a class every good image is a sample,
+labelled by its class folder. All others are in `quarantine.jsonl` with their cause.
 Keys are unique within a shard; the same key in two shards names two samples, because data sets that
 are joined number their samples alike.
 """
@@ -36,24 +37,26 @@ def ensure_index(
 ) -> DatasetIndex:
     """Open the index of the shards, first building whatever is missing or stale.
 
-    An index is stale when the size or time of its shard, the version of DALI or our format changed;
-    token ids when the version of the tokenizer did. Another max_pixels or require is another index
-    beside the first. Several processes may call this at once: one builds, the others wait for it
-    and find the index done.
+    An index is stale when the size or time of its shard (of any image of a folder), the version of
+    DALI or our format changed; token ids when the version of the tokenizer did. Another max_pixels
+    or require is another index beside the first. Several processes may call this at once: one
+    builds, the others wait for it and find the index done.
 
     Args:
         shards: see `expand`.
         index_dir: folder for the index; None is `.kdengine` beside the shards.
         tokenizers: ids (see `load_tokenizer`) whose token ids are wanted.
         max_pixels: an image whose header states more is quarantined before any decode.
-        require: what a sample needs besides a good image: a caption, or a class number in `.cls`.
+        require: what a sample needs besides a good image: a caption, or a class number in `.cls`
+            (class folders have only labels).
         num_workers: processes; None is one a core, 0 is to stay in this one.
         progress: show bars on stderr.
         rebuild: validate and tokenise all of it anew.
 
     Raises:
         FileNotFoundError: none of the shards exists.
-        ValueError: the shards are remote or none, or an argument is out of range.
+        ValueError: the shards are remote or none, class folders come with other data or are to
+            have captions, or an argument is out of range.
         RuntimeError: the index folder cannot be written.
     """
     _check(index_dir, max_pixels, require, num_workers)
@@ -63,6 +66,7 @@ def ensure_index(
         raise FileNotFoundError(
             f"shards: {several if len(paths) > 1 else f'there is no file {paths[0]}'}"
         )
+    _check_folder(paths, require)
     rules = Rules(max_pixels, require)
     places = [
         Place(path, index_root(path, index_dir, rules) / os.path.basename(path)) for path in paths
@@ -76,6 +80,23 @@ def ensure_index(
         rebuild=rebuild,
     )
     return DatasetIndex(places, stats)
+
+
+def _check_folder(paths: Sequence[str], require: str) -> None:
+    folder = next((path for path in paths if os.path.isdir(path)), None)
+    if folder is None:
+        return
+    if require != "label":
+        raise ValueError(
+            f"shards: the folder {folder} holds no .tar file but folders of images; those have "
+            "labels and no captions: evaluate them with --zeroshot or --probe, index them with "
+            "--require label"
+        )
+    if len(paths) > 1:
+        raise ValueError(
+            f"shards: expected shards or one folder of class folders, got {folder} among "
+            f"{len(paths)}; make a set of each"
+        )
 
 
 def _check(index_dir: str | None, max_pixels: int, require: str, num_workers: int | None) -> None:

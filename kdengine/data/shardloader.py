@@ -61,6 +61,9 @@ class ShardLoader(Loader):
         self._first: dict[str, int] = {}
         for shard in index.shards:
             self._first.setdefault(shard.tar, shard.first)
+        # images of class folders are files of their own
+        files = [] if index.classes is None else index.files()
+        self._number_of_file = {file: number for number, file in enumerate(files)}
         self._pipeline: ImagePipeline | None = None
         self._checkpoint: bytes | None = None
 
@@ -88,6 +91,7 @@ class ShardLoader(Loader):
             batch_size=self._batch_size,
             shuffle_buffer=shuffle_buffer,
             seed=self._seed,
+            files=tuple(self._number_of_file),
         )
 
     def _run(self) -> RawBatch:
@@ -107,7 +111,9 @@ class ShardLoader(Loader):
         return raw
 
     def _number(self, source: str) -> int:
-        """Global sample number of a `tar:offset:name` (the tar may have colons)."""
+        """Global sample number of a `tar:offset:name` (the tar may have colons) or of a file."""
+        if self._number_of_file:
+            return self._number_of_file[source]
         tar, _, local = source.rsplit(":", 2)
         return self._first[tar] + int(local)
 
@@ -156,6 +162,9 @@ class TrainLoader(ShardLoader):
 
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
+        if self._number_of_file:
+            folder = index.shards[0].tar
+            raise ValueError(f"data: training reads shards, and {folder} holds class folders")
         num_samples, world_size, batch_size = index.num_samples, self._world_size, self._batch_size
         self.steps_per_epoch = num_samples // (world_size * batch_size)
         if not self.steps_per_epoch:

@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+from kdengine.data.folder import has_classes
+
 MAX_SHARDS = 1_000_000
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -19,9 +21,10 @@ def expand(spec: str | Sequence[str]) -> list[str]:
     """Absolute paths of the shards that a specification names, in its order.
 
     A specification is a path, or several joined by `::`, or a sequence of such. A path may hold
-    braces (`{00000..00331}`, `{a,b}`), shell wildcards (sorted), `~`, or be a folder (all its
-    `*.tar`, sorted). A path named twice stays twice: that is how a shard is upsampled. Whether a
-    file exists is not asked here.
+    braces (`{00000..00331}`, `{a,b}`), shell wildcards (sorted), `~`, or be a folder: all its
+    `*.tar`, sorted, or the folder itself where it holds none but folders (one a class). A path
+    named twice stays twice: that is how a shard is upsampled. Whether a file exists is not asked
+    here.
 
     Raises:
         ValueError: no shard is named, the specification is remote, or it names too many.
@@ -110,6 +113,8 @@ def _choices(text: str, start: int, end: int, commas: list[int]) -> Iterator[str
 def _local(path: str) -> list[str]:
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        if not found and path != os.sep and has_classes(path):
+            return [path]
         missing = f"shards: the folder {path} holds no .tar file. Is it the right folder?"
     elif glob.has_magic(path) and not os.path.exists(path):
         found = sorted(glob.glob(path))

@@ -3,7 +3,7 @@
 
     ROOT/quarantine.jsonl            every quarantined sample and archive below ROOT
     ROOT/SHARD.tar/meta.json         stamp, counts, names and sizes of the other files
-    ROOT/SHARD.tar/images.idx        DALI's index of the good samples
+    ROOT/SHARD.tar/images.idx        DALI's index of the good samples; not for a folder of images
     ROOT/SHARD.tar/samples.npy       int64 [n + 1, 3]: start of the key, first caption, label
     ROOT/SHARD.tar/keys.bin          the keys, UTF-8, one after the other
     ROOT/SHARD.tar/captions.{npy,bin}  int64 [c + 1] starts, and the captions, likewise
@@ -14,6 +14,9 @@ ROOT is `.kdengine/RULES` beside the shards, or a folder in the index folder tha
 of the shards' own folder, so that equal file names from two folders do not meet. RULES is `caption`
 or `label`, with `-maxPIXELS` where that is not the default: indexes by other rules lie side by
 side, and who opens one leaves alone what another process reads.
+
+A folder of class folders has an index like that of a shard, beside the folder: the keys are the
+paths of the images below it, the labels the numbers of the class folders that meta.json lists.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +38,8 @@ from typing import Any
 import numpy as np
 
 from kdengine import MAX_PIXELS
-from kdengine.data.validate import Rules, ShardContents
+from kdengine.data.folder import fingerprint
+from kdengine.data.validate import GoodSample, Rules, ShardContents
 
 FORMAT = 1
 QUARANTINE = "quarantine.jsonl"
@@ -59,9 +63,14 @@ def index_root(shard: str, index_dir: str | None, rules: Rules) -> Path:
 
 def make_stamp(shard: str, rules: Rules) -> dict[str, Any]:
     """What an index depends on; an index with another stamp is stale."""
+    size: int
+    mtime_ns: int | str
     try:
-        status = os.stat(shard)
-        size, mtime_ns = status.st_size, status.st_mtime_ns
+        if os.path.isdir(shard):
+            size, mtime_ns = fingerprint(shard)
+        else:
+            status = os.stat(shard)
+            size, mtime_ns = status.st_size, status.st_mtime_ns
     except FileNotFoundError:
         size, mtime_ns = -1, -1
     return {
@@ -116,7 +125,9 @@ def write_shard(
     scratch.mkdir()
     _write_quarantine(scratch, shard, contents)
     if contents.good:
-        _write_good(scratch, contents)
+        _write_good(scratch, contents.good)
+        if contents.classes is None:
+            _write_idx(scratch, contents.good)
     meta = {
         "shard": shard,
         "generation": uuid.uuid4().hex,
@@ -127,6 +138,7 @@ def write_shard(
         "causes": dict(Counter(sample.fault.cause for sample in contents.bad)),
         "fault": list(contents.fault) if contents.fault else None,
         "notes": dict(contents.notes),
+        "classes": contents.classes,
         "files": {file.name: file.stat().st_size for file in scratch.iterdir()},
         "tokens": {},
     }
@@ -153,13 +165,15 @@ def _write_quarantine(scratch: Path, shard: str, contents: ShardContents) -> Non
             file.write(json.dumps(record) + "\n")
 
 
-def _write_good(scratch: Path, contents: ShardContents) -> None:
-    good = contents.good
+def _write_idx(scratch: Path, good: Sequence[GoodSample]) -> None:
     with open(scratch / "images.idx", "w", encoding="ascii") as file:
         file.write(f"v1.2 {len(good)}\n")
         file.writelines(
             f"img {sample.offset} {sample.size} {number}\n" for number, sample in enumerate(good)
         )
+
+
+def _write_good(scratch: Path, good: Sequence[GoodSample]) -> None:
     # names in a tar are bytes: those that are no UTF-8 come back as they were
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in good]
     captions = [caption.encode() for sample in good for caption in sample.captions]

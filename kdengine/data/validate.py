@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validate every sample of one shard: image, caption or label, unique key."""
+"""Validate every sample of one shard or folder: image, caption or label, unique key."""
 
 from __future__ import annotations
 
+import functools
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kdengine.data.archive import LABELS_ONLY, Member, Sample, scan_archive
 from kdengine.data.captions import (
@@ -18,7 +20,9 @@ from kdengine.data.captions import (
 )
 from kdengine.data.causes import Fault
 from kdengine.data.decode import MAX_BATCH, Check, find_failures
+from kdengine.data.folder import ImageFile, scan_folder
 from kdengine.data.imageheader import check_header
+from kdengine.data.progress import counted
 
 Require = Literal["caption", "label"]
 
@@ -37,7 +41,10 @@ class Rules(NamedTuple):
 
 
 class GoodSample(NamedTuple):
-    """A sample to train on: where its image lies, its captions (may be none with labels)."""
+    """A sample to train on: where its image lies, its captions (may be none with labels).
+
+    In a folder the key is the path of the image and the label the number of its class folder.
+    """
 
     key: str
     offset: int
@@ -55,12 +62,20 @@ class BadSample(NamedTuple):
 
 @dataclass
 class ShardContents:
-    """Everything known about one shard; good and bad samples are all samples."""
+    """Everything known about one shard or folder; good and bad samples are all samples.
+
+    `classes` are the names of a folder's class folders, by number; None for a shard.
+    """
 
     good: list[GoodSample] = field(default_factory=list)
     bad: list[BadSample] = field(default_factory=list)
     fault: Fault | None = None
     notes: Counter[str] = field(default_factory=Counter)
+    classes: list[str] | None = None
+
+
+# looks at a sample by its position, up to the point where only a decoder can still condemn it
+_Inspect = Callable[[int, Any], "_Candidate | Fault"]
 
 
 class _Candidate(NamedTuple):
@@ -80,7 +95,7 @@ def validate_shard(
     """Read a shard once and tell its good samples from its bad ones.
 
     Args:
-        path: the tar archive.
+        path: the tar archive, or a folder of class folders.
         rules: what a good sample is.
         check: decides whether a batch of encoded images decodes.
         advance: called with the samples and bytes that were dealt with since the last call.
@@ -88,40 +103,76 @@ def validate_shard(
 
     Memory: one batch of images, and the captions of the part.
     """
+    if os.path.isdir(path):
+        return _validate_folder(path, rules, check, advance, part)
     archive = scan_archive(path)
     if rules.require == "label":
         # nothing is missing from them
         del archive.notes[LABELS_ONLY]
     contents = ShardContents(fault=archive.fault, notes=archive.notes)
+    samples = _part(archive.samples, part)
+    if samples:
+        with open(path, "rb", buffering=0) as file:
+            inspect = functools.partial(_inspect, file.fileno(), rules)
+            _judge(samples, inspect, check, advance, contents)
+    return contents
+
+
+def _validate_folder(
+    path: str,
+    rules: Rules,
+    check: Check,
+    advance: Callable[[int, int], None],
+    part: tuple[int, int],
+) -> ShardContents:
+    try:
+        folder = scan_folder(path)
+    except OSError as error:
+        return ShardContents(fault=Fault("archive-unreadable", str(error)), classes=[])
+    contents = ShardContents(notes=folder.notes, classes=folder.classes)
+    if not folder.files:
+        several = counted(len(folder.classes), "class folder")
+        contents.fault = Fault("archive-no-members", f"{several}, no image")
+    inspect = functools.partial(_inspect_file, path, rules)
+    _judge(_part(folder.files, part), inspect, check, advance, contents)
+    return contents
+
+
+def _part(samples: Sequence[Any], part: tuple[int, int]) -> Sequence[Any]:
     number, num_parts = part
-    begin = len(archive.samples) * number // num_parts
-    samples = archive.samples[begin : len(archive.samples) * (number + 1) // num_parts]
-    if not samples:
-        return contents
+    begin, end = (len(samples) * (number + i) // num_parts for i in (0, 1))
+    return samples[begin:end]
+
+
+def _judge(
+    samples: Sequence[Any],
+    inspect: _Inspect,
+    check: Check,
+    advance: Callable[[int, int], None],
+    contents: ShardContents,
+) -> None:
+    """Divide the samples into the good and the bad ones of the contents."""
     verdicts: list[GoodSample | BadSample | None] = [None] * len(samples)
-    with open(path, "rb", buffering=0) as file:
-        candidates = _candidates(file.fileno(), samples, rules, verdicts)
-        done = 0
-        for batch in _batches(candidates):
-            failures = find_failures([candidate.image for candidate in batch], check)
-            for number, candidate in enumerate(batch):
-                verdicts[candidate.position] = (
-                    BadSample(candidate.sample.key, failures[number])
-                    if number in failures
-                    else candidate.sample
-                )
-            reached = batch[-1].position + 1
-            advance(reached - done, sum(len(candidate.image) for candidate in batch))
-            done = reached
-        advance(len(verdicts) - done, 0)
+    done = 0
+    for batch in _batches(_candidates(samples, inspect, verdicts)):
+        failures = find_failures([candidate.image for candidate in batch], check)
+        for number, candidate in enumerate(batch):
+            verdicts[candidate.position] = (
+                BadSample(candidate.sample.key, failures[number])
+                if number in failures
+                else candidate.sample
+            )
+        reached = batch[-1].position + 1
+        advance(reached - done, sum(len(candidate.image) for candidate in batch))
+        done = reached
+    advance(len(verdicts) - done, 0)
     contents.good = [verdict for verdict in verdicts if isinstance(verdict, GoodSample)]
     contents.bad = [verdict for verdict in verdicts if isinstance(verdict, BadSample)]
-    return contents
 
 
 def merge(parts: Sequence[ShardContents]) -> ShardContents:
     """The contents of a shard from those of all its parts, in their order."""
-    contents = ShardContents(fault=parts[0].fault, notes=parts[0].notes)
+    contents = ShardContents(fault=parts[0].fault, notes=parts[0].notes, classes=parts[0].classes)
     for part in parts:
         contents.good += part.good
         contents.bad += part.bad
@@ -131,15 +182,14 @@ def merge(parts: Sequence[ShardContents]) -> ShardContents:
 
 
 def _candidates(
-    fd: int,
-    samples: list[Sample],
-    rules: Rules,
+    samples: Sequence[Any],
+    inspect: _Inspect,
     verdicts: list[GoodSample | BadSample | None],
 ) -> Iterator[_Candidate]:
     """The samples that only a decoder can still condemn; verdicts on the others are written."""
     for position, sample in enumerate(samples):
         try:
-            found = _inspect(fd, position, sample, rules)
+            found = inspect(position, sample)
         except OSError as error:
             found = Fault("member-unreadable", str(error))
         if isinstance(found, Fault):
@@ -148,7 +198,7 @@ def _candidates(
             yield found
 
 
-def _inspect(fd: int, position: int, sample: Sample, rules: Rules) -> _Candidate | Fault:
+def _inspect(fd: int, rules: Rules, position: int, sample: Sample) -> _Candidate | Fault:
     member = sample.image()
     fault = _member_fault(sample, member, rules.max_pixels)
     if fault is not None or member is None:
@@ -175,6 +225,27 @@ def _inspect(fd: int, position: int, sample: Sample, rules: Rules) -> _Candidate
     return _Candidate(position, good, image, header.width * header.height)
 
 
+def _inspect_file(root: str, rules: Rules, position: int, file: ImageFile) -> _Candidate | Fault:
+    path = os.path.join(root, file.key)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        return Fault("file-name", f"character {error.start + 1} of the path")
+    # a pipe or a device could be opened and never end
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        return Fault("image-link", "not a plain file")
+    if fault := _size_fault(status.st_size, rules.max_pixels):
+        return fault
+    with open(path, "rb") as opened:
+        image = opened.read()
+    header = check_header(image, rules.max_pixels)
+    if isinstance(header, Fault):
+        return header
+    good = GoodSample(file.key, 0, len(image), [], file.label)
+    return _Candidate(position, good, image, header.width * header.height)
+
+
 def _member_fault(sample: Sample, member: Member | None, max_pixels: int) -> Fault | None:
     if sample.is_duplicate:
         return Fault("duplicate-key", "the first sample of this key is the one that counts")
@@ -184,8 +255,12 @@ def _member_fault(sample: Sample, member: Member | None, max_pixels: int) -> Fau
         return Fault("image-link", "the image member is not a plain file")
     if not member.is_whole:
         return Fault("image-truncated", "the archive ends inside the image")
-    if member.size > max_pixels * BYTES_PER_PIXEL + HEADER_BYTES:
-        return Fault("image-bytes", f"{member.size} bytes, too many for {max_pixels} pixels")
+    return _size_fault(member.size, max_pixels)
+
+
+def _size_fault(num_bytes: int, max_pixels: int) -> Fault | None:
+    if num_bytes > max_pixels * BYTES_PER_PIXEL + HEADER_BYTES:
+        return Fault("image-bytes", f"{num_bytes} bytes, too many for {max_pixels} pixels")
     return None
 
 

@@ -42,6 +42,7 @@ class Index:
 
     num_quarantined = 3
     quarantine_paths = ("/q",)
+    classes = None
 
     def __init__(self, shards: list[tuple[str, str, int]]) -> None:
         firsts = np.cumsum([0] + [shard[2] for shard in shards]).tolist()
