@@ -48,6 +48,7 @@ WALLS = {
     "nvidia": ("kdengine.data",),
     "deepspeed": ("kdengine.job", "kdengine.checkpoint"),
     "open_clip": ("kdengine.models", "kdengine.data.tokenize"),
+    "sklearn": ("kdengine.evaluate.probe",),
 }
 ONLY = {"kdengine.reference": {"torch"}, "kdengine.config": set()}
 HEAVY = ("triton", "deepspeed", "nvidia.dali", "open_clip")
