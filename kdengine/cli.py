@@ -30,6 +30,8 @@ def index(
 ) -> int:
     """Check every sample of the shards once and write the index that training reads.
 
+    With --require label, a folder with a folder of images for each class may stand for the shards.
+
     Args:
         shards: Files, or braces ('/data/{00000..00331}.tar'); several may be joined by '::'.
         index_dir: Folder for the index; by default beside the shards.
@@ -101,6 +103,7 @@ def evaluate(
     *,
     retrieval: Annotated[tuple[str, ...], arg(metavar="SET...", help_behavior_hint="")] = (),
     zeroshot: Annotated[tuple[str, ...], arg(metavar="SET...", help_behavior_hint="")] = (),
+    probe: Annotated[tuple[str, ...], arg(metavar="SET...", help_behavior_hint="")] = (),
     batch_size: int = 128,
     index_dir: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None,
     max_pixels: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
@@ -108,12 +111,16 @@ def evaluate(
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     teacher: Annotated[tuple[str, ...], arg(metavar="MODEL...", help_behavior_hint="")] = (),
 ) -> int:
-    """Evaluate an exported folder, a run, or an open_clip model on sets of shards.
+    """Evaluate an exported folder, a run, or an open_clip model on sets of images.
+
+    For classes, a folder with a folder of images for each may stand for the shards. They are named
+    by class names, class numbers (from 0) or WordNet ids; classes without a folder do not compete.
 
     Args:
         model: Exported folder, run folder (its latest checkpoint), or 'ARCHITECTURE@TAG'.
         retrieval: Sets of image-caption pairs, each 'NAME=SHARDS'.
         zeroshot: Classification sets, each 'NAME=SHARDS' or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
+        probe: Sets for a linear probe of the image embeddings, each 'NAME=TRAIN;TEST'.
         batch_size: Images in a batch.
         index_dir: Folder for the index; by default a run's data.index_dir, or beside the shards.
         max_pixels: Largest image that is not quarantined; by default that of the run, or 89478485.
@@ -123,7 +130,7 @@ def evaluate(
     """
     # what can be wrong with the words is found before torch is loaded
     own = _run_settings(model)
-    sets = _parse_sets(retrieval, zeroshot)
+    sets = _parse_sets(retrieval, zeroshot, probe)
     if min(batch_size, workers) < 1:
         raise ValueError("eval: --batch-size and --workers must be at least 1")
     if out is not None and out.is_dir():
@@ -296,14 +303,14 @@ def _run_settings(model: str) -> dict[str, Any] | None:
         raise ValueError(f"eval: {config} is not valid TOML: {error}") from None
 
 
-def _parse_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[Any]:
+def _parse_sets(*words: Sequence[str]) -> list[Any]:
     from kdengine.evaluate import parse_eval_sets
 
-    sets = parse_eval_sets(retrieval, zeroshot)
+    sets = parse_eval_sets(*words)
     if not sets:
         raise ValueError(
-            "eval: expected at least one set; give --retrieval NAME=SHARDS or --zeroshot "
-            "NAME=SHARDS"
+            "eval: expected at least one set; give --retrieval NAME=SHARDS, --zeroshot NAME=SHARDS "
+            "or --probe 'NAME=TRAIN;TEST'"
         )
     return sets
 

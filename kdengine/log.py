@@ -185,7 +185,9 @@ def progress_line(values: Mapping[str, float | int], total: int) -> str:
 
 
 def metric_text(name: str, value: float) -> str:
-    """A metric as people read it: ranks as they are, shares in percent."""
+    """A metric as people read it: ranks, counts and a probe's C as they are, shares in percent."""
+    if name.endswith(("-classes", "probe-C")):
+        return f"{value:g}"
     return f"{value:.1f}" if name.endswith("_rank") else f"{100 * value:.1f} %"
 
 

@@ -56,6 +56,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
             "eval: /nowhere/model does not exist",
         ),
         (["eval", "ViT-T-16"], "eval: expected at least one set"),
+        (["eval", "ViT-T-16", "--probe", "a=b"], "evaluation set a: expected 'NAME=TRAIN;TEST'"),
         (["eval", "ViT-T-16", "--retrieval", "b.tar"], "evaluation set: expected 'NAME=SHARDS'"),
         (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--batch-size", "0"], "eval: --batch-size"),
         (["eval", "ViT-T-16", "--retrieval", "a=b.tar", "--out", "/"], "eval: --out / is a folder"),

@@ -38,6 +38,24 @@ def test_sets_are_read_in_order(prompts):
     assert (found[2].shards, found[2].classnames) == ("/data/val.tar", "imagenet")
 
 
+def test_a_probe_has_two_parts():
+    (found,) = evaluate.parse_eval_sets([], [], ["c = /d/train-{0..3}.tar ; /d/test"])
+    assert found == EvalSet(name="c", shards="/d/train-{0..3}.tar", test="/d/test", kind="probe")
+    assert found.parts() == ("/d/train-{0..3}.tar", "/d/test")
+
+
+@pytest.mark.parametrize("word", ["c=a.tar", "c=a.tar;", "c=a.tar;b.tar;d.tar", "c=;b.tar"])
+def test_a_probe_without_two_parts_is_refused(word):
+    with pytest.raises(ValueError, match="evaluation set c: expected"):
+        evaluate.parse_eval_sets([], [], [word])
+
+
+@pytest.mark.parametrize(("kind", "test"), [("probe", None), ("retrieval", "b.tar")])
+def test_only_a_probe_has_a_test_part(kind, test):
+    with pytest.raises(ValueError, match="needs a part to test on"):
+        EvalSet(name="x", shards="x.tar", kind=kind, test=test)
+
+
 @pytest.mark.parametrize(
     ("retrieval", "zeroshot", "match"),
     [

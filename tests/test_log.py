@@ -89,6 +89,12 @@ def test_table_has_a_row_for_each_metric_of_a_set() -> None:
     assert cells == [["a", "a"], ["1caption/image_to_text_R@1", "x_mean_rank"], ["50.0 %", "3.2"]]
 
 
+def test_counts_and_strengths_are_no_shares() -> None:
+    names = {"r/zeroshot-classes": 200.0, "c/probe-C": 31.6, "c/probe-top1": 0.5}
+    table = log.metrics_table(names, "t")
+    assert list(table.columns[2].cells) == ["200", "31.6", "50.0 %"]
+
+
 def test_one_line_under_the_table_says_what_1caption_means() -> None:
     names = ("a/image_to_text_median_rank", "a/1caption/image_to_text_median_rank")
     screen = io.StringIO()

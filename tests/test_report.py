@@ -208,6 +208,12 @@ def test_differences_of_ranks_are_no_points(pair):
     assert "in points (ranks: in ranks)" in report(*pair)[1].words
 
 
+def test_the_number_of_classes_is_no_metric_to_win():
+    results = {"r/zeroshot-classes": 200, "r/zeroshot-top1": 0.5}
+    found = [type("Run", (), {"results": results})]
+    assert [metric.key for metric in metrics.collect(found)] == ["r/zeroshot-top1"]
+
+
 def test_dots_of_equal_results_lie_apart(tmp_path):
     found = runs.read_runs([make_run(tmp_path / name) for name in "abc"])
     shares = [m for m in metrics.collect(found) if m.kind == "share"]

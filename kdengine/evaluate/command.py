@@ -30,7 +30,7 @@ def evaluate_command(
     out: str | Path | None = None,
     title: str | None = None,
 ) -> Table | Group:
-    """Evaluate a model on sets of shards, on the GPU if there is one (see ``on_gpu``).
+    """Evaluate a model on sets of images, on the GPU if there is one (see ``on_gpu``).
 
     Args:
         model: folder of an export, ``local-dir:PATH``, or ``ARCHITECTURE@TAG`` of open_clip, where

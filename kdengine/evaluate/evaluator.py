@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a two-tower model on named data sets, on all ranks, as often as wanted."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from kdengine.data.progress import Progress
 from kdengine.data.summary import no_good_sample
 from kdengine.data.tokenize import load_tokenizer
 from kdengine.data.views import ViewSpec
-from kdengine.evaluate.embed import Abandoned, ShouldStop
+from kdengine.evaluate.classes import Contest, contest
+from kdengine.evaluate.embed import Abandoned, ShouldStop, embed_images
+from kdengine.evaluate.probe import linear_probe, probe_labels
 from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
 from kdengine.evaluate.zeroshot import check_labels, evaluate_zeroshot
@@ -47,7 +50,7 @@ class Evaluator:
         progress: show a bar for each set, on rank 0 and only where stderr is a terminal.
 
     Raises:
-        ValueError: labels and class names do not fit, or a set has no good sample.
+        ValueError: labels or class folders and class names do not fit, or a set has no good sample.
         RuntimeError: a data set could not be opened; on every rank alike.
     """
 
@@ -87,8 +90,9 @@ class Evaluator:
             for one in self.sets
         ]
         if distributed.rank(group) == 0:
-            for one, index in zip(self.sets, self.indexes, strict=True):
-                _warn_of_unused_names(one, index)
+            for one, (index, *_) in zip(self.sets, self.indexes, strict=True):
+                if one.kind == "zeroshot":
+                    _warn_of_unused_names(one, _contest(one, index))
 
     def run(
         self, model: TwoTower, *, should_stop: ShouldStop | None = None
@@ -113,9 +117,9 @@ class Evaluator:
         try:
             _share_buffers(model, self.group)
             metrics: dict[str, float] = {}
-            for one, index in zip(self.sets, self.indexes, strict=True):
+            for one, indexes in zip(self.sets, self.indexes, strict=True):
                 with one.named_in_errors():
-                    found = self._run_one(model, one, index, should_stop)
+                    found = self._run_one(model, one, indexes, should_stop)
                 metrics |= {f"{one.name}/{name}": value for name, value in found.items()}
             return metrics
         except Abandoned:
@@ -124,44 +128,63 @@ class Evaluator:
             model.train(training)
 
     def _run_one(
-        self, model: TwoTower, one: EvalSet, index: DatasetIndex, should_stop: ShouldStop | None
+        self,
+        model: TwoTower,
+        one: EvalSet,
+        indexes: tuple[DatasetIndex, ...],
+        should_stop: ShouldStop | None,
     ) -> dict[str, float]:
-        preprocess, world = self.spec.preprocess, distributed.world_size(self.group)
-        texts, names, templates = [], one.read_classnames(), one.read_templates()
-        num_texts = len(names) * len(templates)
+        index, world = indexes[0], distributed.world_size(self.group)
+        contestants, templates = Contest([], np.empty(0, np.int64)), one.read_templates()
+        texts: list[list[str]] = []
+        if one.kind == "zeroshot":
+            contestants = _contest(one, index)
         if one.kind == "retrieval":
             texts = index.texts(np.arange(index.num_samples))
-            num_texts = sum(map(len, texts))
-        loader: Any = build_loader(
+        num_texts = len(contestants.names) * len(templates) + sum(map(len, texts))
+        counts = [*(part.num_samples for part in indexes), num_texts]
+        with contextlib.ExitStack() as stack:
+            bars = stack.enter_context(Progress(self.progress))
+            loaders = [self._loader(part) for part in indexes]
+            for loader in loaders:
+                stack.callback(loader.close)
+            # every rank makes as many batches as the fullest
+            num_batches = sum(-(-count // (self.batch_size * world)) for count in counts)
+            advance = bars.begin(f"evaluate {one.name}", "batches", num_batches)
+            shared: dict[str, Any] = {
+                "group": self.group,
+                "device": self.device,
+                "should_stop": _after_batch(advance, should_stop),
+            }
+            if one.kind == "probe":
+                train_label, test_label = probe_labels(*indexes)
+                train, test = (
+                    embed_images(model, loader, part.num_samples, **shared)
+                    for loader, part in zip(loaders, indexes, strict=True)
+                )
+                return linear_probe(train, train_label, test, test_label)
+            shared["batch_size"] = self.batch_size
+            if one.kind == "retrieval":
+                return evaluate_retrieval(model, loaders[0], texts, self.tokenizer, **shared)
+            names, labels = contestants
+            return evaluate_zeroshot(
+                model, loaders[0], labels, names, templates, self.tokenizer, **shared
+            )
+
+    def _loader(self, index: DatasetIndex) -> Any:
+        preprocess = self.spec.preprocess
+        return build_loader(
             index,
             views={"image": ViewSpec(preprocess.size, preprocess.mean, preprocess.std)},
             tokenizers={},
             batch_size=self.batch_size,
             rank=distributed.rank(self.group),
-            world_size=world,
+            world_size=distributed.world_size(self.group),
             num_threads=self.num_threads,
             seed=0,
             train=False,
             device_id=_device_id(self.device),
         )
-        with Progress(self.progress) as bars:
-            # every rank makes as many batches as the fullest
-            counts = [-(-n // (self.batch_size * world)) for n in (index.num_samples, num_texts)]
-            advance = bars.begin(f"evaluate {one.name}", "batches", sum(counts))
-            options: dict[str, Any] = {
-                "batch_size": self.batch_size,
-                "group": self.group,
-                "device": self.device,
-                "should_stop": _after_batch(advance, should_stop),
-            }
-            try:
-                if one.kind == "retrieval":
-                    return evaluate_retrieval(model, loader, texts, self.tokenizer, **options)
-                return evaluate_zeroshot(
-                    model, loader, index.labels(), names, templates, self.tokenizer, **options
-                )
-            finally:
-                loader.close()
 
 
 def run_evaluation(
@@ -193,38 +216,51 @@ def _after_batch(advance: Callable[[int, int], None], should_stop: ShouldStop | 
     return ask
 
 
-def _open(one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool) -> DatasetIndex:
+def _open(
+    one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool
+) -> tuple[DatasetIndex, ...]:
+    """The index of the set, of a probe those of both parts."""
     with one.named_in_errors():
-        index = ensure_index(
-            one.shards,
-            index_dir=index_dir,
-            max_pixels=max_pixels,
-            require="caption" if one.kind == "retrieval" else "label",
-            progress=progress,
+        indexes = tuple(
+            ensure_index(
+                part,
+                index_dir=index_dir,
+                max_pixels=max_pixels,
+                require="caption" if one.kind == "retrieval" else "label",
+                progress=progress,
+            )
+            for part in one.parts()
         )
-        if index.num_samples == 0:
-            raise ValueError(f"{no_good_sample(index)}; see {index.quarantine_paths[0]}")
-        tars = [shard.tar for shard in index.shards]
-        if twice := {tar for tar in tars if tars.count(tar) > 1}:
-            raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
+        for index in indexes:
+            if index.num_samples == 0:
+                raise ValueError(f"{no_good_sample(index)}; see {index.quarantine_paths[0]}")
+            tars = [shard.tar for shard in index.shards]
+            if twice := {tar for tar in tars if tars.count(tar) > 1}:
+                raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
         if one.kind == "zeroshot":
-            check_labels(torch.as_tensor(index.labels()), len(one.read_classnames()))
-        return index
+            names, labels = _contest(one, indexes[0])
+            check_labels(torch.as_tensor(labels), len(names))
+        if one.kind == "probe":
+            probe_labels(*indexes)
+        return indexes
 
 
-def _warn_of_unused_names(one: EvalSet, index: DatasetIndex) -> None:
+def _contest(one: EvalSet, index: DatasetIndex) -> Contest:
+    return contest(index, one.read_classnames(), str(one.classnames))
+
+
+def _warn_of_unused_names(one: EvalSet, contestants: Contest) -> None:
     """A list of another data set's names is likely where most names have no image."""
-    if one.kind != "zeroshot":
-        return
-    num_names, num_used = len(one.read_classnames()), len(np.unique(index.labels()))
+    names, labels = contestants
+    num_used = len(np.unique(labels))
     # few images cannot have many classes
-    if 2 * num_used < min(num_names, index.num_samples):
+    if 2 * num_used < min(len(names), len(labels)):
         logger.warning(
             "evaluation set %s: its labels are only %d of %d class names; do the names belong to "
             "these shards?",
             one.name,
             num_used,
-            num_names,
+            len(names),
         )
 
 

@@ -16,15 +16,18 @@ class EvalSet:
 
     Attributes:
         name: prefix of its metrics.
-        shards: as for training data.
-        kind: ``retrieval`` uses the captions, ``zeroshot`` the ``.cls`` members.
+        shards: as for training data; for zero-shot and probe also a folder of class folders.
+        kind: ``retrieval`` uses the captions, ``zeroshot`` and ``probe`` the ``.cls`` members or
+            the class folders.
+        test: what a probe is scored on, while it is fitted on ``shards``; probes only.
         classnames: file of class names, or ``imagenet``; zero-shot sets only.
         templates: file of prompt templates, or ``imagenet``; zero-shot sets only.
     """
 
     name: str
     shards: str
-    kind: Literal["retrieval", "zeroshot"]
+    kind: Literal["retrieval", "zeroshot", "probe"]
+    test: str | None = None
     classnames: str | None = None
     templates: str | None = None
 
@@ -41,6 +44,11 @@ class EvalSet:
                 f"evaluation set {self.name}: zero-shot classification needs class names and "
                 f"templates; give both files, or the word {IMAGENET}"
             )
+        if (self.kind == "probe") != bool(self.test):
+            raise ValueError(
+                f"evaluation set {self.name}: a linear probe, and nothing else, needs a part to "
+                f"test on; got kind {self.kind!r} and test {self.test!r}"
+            )
 
     def read_classnames(self) -> list[str]:
         """The class names; empty for retrieval."""
@@ -49,6 +57,10 @@ class EvalSet:
     def read_templates(self) -> list[str]:
         """The prompt templates; empty for retrieval."""
         return read_templates(self.templates) if self.templates else []
+
+    def parts(self) -> tuple[str, ...]:
+        """What to open: the shards, and for a probe the test part."""
+        return (self.shards,) if self.test is None else (self.shards, self.test)
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
@@ -62,11 +74,14 @@ class EvalSet:
             raise
 
 
-def parse_eval_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[EvalSet]:
-    """Read the words of the configuration: ``NAME=SHARDS`` or ``NAME=SHARDS;CLASSNAMES;TEMPLATES``.
+def parse_eval_sets(
+    retrieval: Sequence[str], zeroshot: Sequence[str], probe: Sequence[str] = ()
+) -> list[EvalSet]:
+    """Read the words of the configuration.
 
-    Without the two files, ``X-zeroshot.tar`` (also ``X-zeroshot-{000..009}.tar``) takes
-    ``X-classnames.txt`` and ``X-templates.txt`` beside it.
+    Retrieval takes ``NAME=SHARDS``, zero-shot ``NAME=SHARDS;CLASSNAMES;TEMPLATES``, a linear probe
+    ``NAME=TRAIN;TEST``. Without class names and templates, ``X-zeroshot.tar`` (also
+    ``X-zeroshot-{000..009}.tar``) takes ``X-classnames.txt`` and ``X-templates.txt`` beside it.
 
     Raises:
         ValueError: a malformed word, a name that occurs twice, or no files to be found.
@@ -95,6 +110,12 @@ def parse_eval_sets(retrieval: Sequence[str], zeroshot: Sequence[str]) -> list[E
             one.read_classnames()
             one.read_templates()
         sets.append(one)
+    for word in probe:
+        name, rest = _split(word)
+        train, *test = (part.strip() for part in rest.split(";"))
+        if len(test) != 1 or not test[0]:
+            raise ValueError(f"evaluation set {name}: expected 'NAME=TRAIN;TEST', got {word!r}")
+        sets.append(EvalSet(name=name, shards=train, test=test[0], kind="probe"))
     names = [one.name for one in sets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluation sets: names must differ; given twice: {sorted(twice)}")

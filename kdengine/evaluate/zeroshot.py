@@ -46,8 +46,9 @@ def zeroshot_metrics(
     Shapes: image [n, D], classes [C, D] normalised; labels [n] in [0, C).
 
     Returns:
-        ``zeroshot-top1``, ``zeroshot-top5`` (1 for five classes or fewer) and
-        ``zeroshot-mean-per-class-recall`` over the classes that have an image; fractions.
+        ``zeroshot-top1``, ``zeroshot-top5`` (1 for five classes or fewer),
+        ``zeroshot-mean-per-class-recall`` over the classes that have an image, all fractions; and
+        ``zeroshot-classes``, how many competed.
     """
     number = torch.arange(len(classes), device=classes.device)
     labels = labels.to(image.device)
@@ -59,6 +60,7 @@ def zeroshot_metrics(
         "zeroshot-top1": float(correct.mean()),
         "zeroshot-top5": float((position < 5).double().mean()),
         "zeroshot-mean-per-class-recall": float((hits[total > 0] / total[total > 0]).mean()),
+        "zeroshot-classes": float(len(classes)),
     }
 
 

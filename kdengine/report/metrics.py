@@ -94,7 +94,9 @@ def describe(key: str) -> Metric:
 
 def collect(runs: Sequence[Record]) -> list[Metric]:
     """Every metric that a run has: zero-shot first, then retrieval, ranks after recalls."""
-    metrics = [describe(key) for key in dict.fromkeys(k for run in runs for k in run.results)]
+    keys = dict.fromkeys(key for run in runs for key in run.results)
+    # how many classes compete is a fact about the set, in which no run can win
+    metrics = [describe(key) for key in keys if not key.endswith("/zeroshot-classes")]
     sets = list(dict.fromkeys(metric.dataset for metric in metrics))
     groups = ("zero-shot", "retrieval, all", "retrieval, 1", "other")
 
