@@ -228,6 +228,16 @@ def test_training_evaluates_class_folders_by_name(photos, tmp_path) -> None:
     assert 0 <= metrics["set/zeroshot-top1"] <= metrics["set/zeroshot-top5"] < 1
 
 
+@pytest.mark.parametrize("by_number", [True, False])
+def test_few_numbers_of_many_names_are_warned_of(photos, tmp_path, caplog, by_number) -> None:
+    """Numbers fit any list, so the list may be another data set's; WordNet ids fit ImageNet."""
+    folder, found = photos
+    name = str if by_number else imagenet_wordnet_ids().__getitem__
+    tree = write_tree(tmp_path / "set", {name(n): found[n] for n in CHOSEN[:3]}, copies=3)
+    open_sets(f"set={tree};{folder}/in-classnames.txt;{folder}/in-templates.txt")
+    assert ("labels are only 3 of 1000 class names" in caplog.text) == by_number
+
+
 def test_a_foreign_folder_is_an_error_of_its_set(photos, tmp_path) -> None:
     folder, found = photos
     tree = write_tree(tmp_path / "v2", {"0": found[1], "__MACOSX": None})

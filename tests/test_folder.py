@@ -205,7 +205,7 @@ def test_a_file_changed_after_indexing_is_named(tree: Path, damage: str) -> None
 
 
 def test_class_folders_have_no_captions_to_train_on(tree: Path) -> None:
-    with pytest.raises(ValueError, match="have labels and no captions: evaluate them with"):
+    with pytest.raises(ValueError, match="they have labels and no captions: evaluate them with"):
         ensure_index(str(tree))
     with pytest.raises(ValueError, match=f"training reads shards, and {tree} holds class folders"):
         build_loader(indexed(tree), views={"image": VIEW}, tokenizers={}, batch_size=2)

@@ -81,6 +81,20 @@ def test_the_probe_repeats_itself() -> None:
     assert linear_probe(*parts) == linear_probe(*parts)
 
 
+def test_every_fit_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    linear_probe(*clusters(80, 0.1), *clusters(40, 0.1), advance=lambda *done: told.append(done))
+    assert told == [(1, 1)] * probe.NUM_FITS
+
+
+def test_two_classes_are_told_apart() -> None:
+    parts = [
+        (x[label < 2], label[label < 2]) for x, label in (clusters(300, 0.1), clusters(99, 0.1))
+    ]
+    found = linear_probe(*parts[0], *parts[1])
+    assert found["probe-top1"] == 1.0 and found["probe-classes"] == 2
+
+
 def test_a_fifth_of_every_class_is_held_out() -> None:
     label = np.repeat([3, 5, 7, 9], [100, 10, 2, 1])
     held = held_out(label)

@@ -60,10 +60,10 @@ def scan_folder(path: str) -> Folder:
         top = os.path.join(path, name)
         for parent, folders, files in os.walk(top, onerror=_raise):
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+            below = os.path.relpath(parent, path)
             for file in sorted(files):
                 if _is_image(file):
-                    key = os.path.relpath(os.path.join(parent, file), path)
-                    images.append(ImageFile(key, label))
+                    images.append(ImageFile(f"{below}/{file}", label))
                 else:
                     num_ignored += 1
     return Folder(classes, images, +Counter({"ignored-members": num_ignored}))

@@ -88,9 +88,9 @@ def _check_folder(paths: Sequence[str], require: str) -> None:
         return
     if require != "label":
         raise ValueError(
-            f"shards: the folder {folder} holds no .tar file but folders of images; those have "
-            "labels and no captions: evaluate them with --zeroshot or --probe, index them with "
-            "--require label"
+            f"shards: the folder {folder} holds no .tar file but other folders; if those are "
+            "classes of images, they have labels and no captions: evaluate them with --zeroshot or "
+            "--probe, index them with --require label"
         )
     if len(paths) > 1:
         raise ValueError(

@@ -70,14 +70,17 @@ def build_loader(
     Memory: `shuffle_buffer` encoded images, and about four batches.
 
     Raises:
-        ValueError: an argument is off, the index is empty, or training has fewer samples than one
-            global batch.
+        ValueError: an argument is off, the index is empty, or training has class folders or fewer
+            samples than one global batch.
         RuntimeError: the limit on open files is too low for so many shards. While iterating: DALI
             cannot read or decode a sample although the index lists it, because a shard was changed
             since; the message names both.
     """
     if not index.num_samples:
         raise ValueError(f"data: {no_good_sample(index)}; see {index.quarantine_paths[0]}")
+    if train and index.classes is not None:
+        folder = index.shards[0].tar
+        raise ValueError(f"data: training reads shards, and {folder} holds class folders")
     if not 0 <= rank < world_size or seed < 0:
         raise ValueError(
             f"data: expected 0 <= rank < world_size and a seed of at least 0; got rank {rank} of "

@@ -162,9 +162,6 @@ class TrainLoader(ShardLoader):
 
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
-        if self._number_of_file:
-            folder = index.shards[0].tar
-            raise ValueError(f"data: training reads shards, and {folder} holds class folders")
         num_samples, world_size, batch_size = index.num_samples, self._world_size, self._batch_size
         self.steps_per_epoch = num_samples // (world_size * batch_size)
         if not self.steps_per_epoch:

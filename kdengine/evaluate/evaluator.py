@@ -23,7 +23,7 @@ from kdengine.data.tokenize import load_tokenizer
 from kdengine.data.views import ViewSpec
 from kdengine.evaluate.classes import Contest, contest
 from kdengine.evaluate.embed import Abandoned, ShouldStop, embed_images
-from kdengine.evaluate.probe import linear_probe, probe_labels
+from kdengine.evaluate.probe import NUM_FITS, linear_probe, probe_labels
 from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
 from kdengine.evaluate.zeroshot import check_labels, evaluate_zeroshot
@@ -92,7 +92,7 @@ class Evaluator:
         if distributed.rank(group) == 0:
             for one, (index, *_) in zip(self.sets, self.indexes, strict=True):
                 if one.kind == "zeroshot":
-                    _warn_of_unused_names(one, _contest(one, index))
+                    _warn_of_unused_names(one, index)
 
     def run(
         self, model: TwoTower, *, should_stop: ShouldStop | None = None
@@ -162,7 +162,8 @@ class Evaluator:
                     embed_images(model, loader, part.num_samples, **shared)
                     for loader, part in zip(loaders, indexes, strict=True)
                 )
-                return linear_probe(train, train_label, test, test_label)
+                advance = bars.begin(f"fit {one.name}", "fits", NUM_FITS)
+                return linear_probe(train, train_label, test, test_label, advance=advance)
             shared["batch_size"] = self.batch_size
             if one.kind == "retrieval":
                 return evaluate_retrieval(model, loaders[0], texts, self.tokenizer, **shared)
@@ -249,18 +250,20 @@ def _contest(one: EvalSet, index: DatasetIndex) -> Contest:
     return contest(index, one.read_classnames(), str(one.classnames))
 
 
-def _warn_of_unused_names(one: EvalSet, contestants: Contest) -> None:
+def _warn_of_unused_names(one: EvalSet, index: DatasetIndex) -> None:
     """A list of another data set's names is likely where most names have no image."""
-    names, labels = contestants
-    num_used = len(np.unique(labels))
+    if index.classes is not None and not all(name.isdecimal() for name in index.classes):
+        # names and WordNet ids fit their own list only
+        return
+    num_names, num_used = len(one.read_classnames()), len(np.unique(index.labels()))
     # few images cannot have many classes
-    if 2 * num_used < min(len(names), len(labels)):
+    if 2 * num_used < min(num_names, index.num_samples):
         logger.warning(
             "evaluation set %s: its labels are only %d of %d class names; do the names belong to "
-            "these shards?",
+            "these images?",
             one.name,
             num_used,
-            len(names),
+            num_names,
         )
 
 
