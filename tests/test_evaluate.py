@@ -182,7 +182,7 @@ def test_metrics_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_rank_gets_the_metrics_of_one_process(run_ranks, world_size):
     expected = run_both(0, 1, 4, alone=True)
-    assert len(expected) == 23
+    assert len(expected) == 24
     assert run_ranks(run_both, world_size, 4) == [expected] * world_size
 
 
