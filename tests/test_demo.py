@@ -340,7 +340,14 @@ def fake_training(calls: list[list[str]], out: Path, gain: float) -> Any:
             (folder / "eval.jsonl").write_text(
                 json.dumps({"step": 1, "scenes/R@1": 0.1})
                 + "\n"
-                + json.dumps({"step": 2, "scenes/R@1": value, "scenes/x_mean_rank": 9.0})
+                + json.dumps(
+                    {
+                        "step": 2,
+                        "scenes/R@1": value,
+                        "scenes/x_mean_rank": 9.0,
+                        "held-out/zeroshot-classes": 4.0,
+                    }
+                )
             )
 
     return call

@@ -100,7 +100,9 @@ def last_evaluation(run: Path) -> dict[str, float]:
     if not records:
         raise RuntimeError(f"demo: {run / EVALUATIONS} holds no evaluation; run the demo again")
     last = records[-1]
-    return {name: last[name] for name in last if name != "step" and not name.endswith("_rank")}
+    # how many classes compete is no merit of a run
+    left_out = ("step", "_rank", "/zeroshot-classes")
+    return {name: last[name] for name in last if not name.endswith(left_out)}
 
 
 def judge(alone: Mapping[str, float], distilled: Mapping[str, float]) -> tuple[bool, str]:
