@@ -3,15 +3,15 @@
 
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from kdengine import MAX_PIXELS, arguments, errors
+from kdengine.evaluate.words import read_sets, refuse_folder_of_runs, run_settings
 
 DESCRIPTION = "Distil large CLIP models into small ones."
 
@@ -129,8 +129,8 @@ def evaluate(
         teacher: Models, as MODEL, to compare with over the retrieval sets: cosine and CKA.
     """
     # what can be wrong with the words is found before torch is loaded
-    own = _run_settings(model)
-    sets = _parse_sets(retrieval, zeroshot, probe)
+    own = run_settings(model)
+    sets = read_sets(retrieval, zeroshot, probe)
     if min(batch_size, workers) < 1:
         raise ValueError("eval: --batch-size and --workers must be at least 1")
     if out is not None and out.is_dir():
@@ -139,7 +139,7 @@ def evaluate(
         raise FileNotFoundError(f"eval: --out {out}: the folder {out.parent} does not exist")
     if teacher and not retrieval:
         raise ValueError("eval: --teacher compares on retrieval sets; give --retrieval NAME=SHARDS")
-    are_runs = [own is not None, *(_run_settings(word) is not None for word in teacher)]
+    are_runs = [own is not None, *(run_settings(word) is not None for word in teacher)]
     from kdengine.evaluate import evaluate_command
 
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +180,7 @@ def export(
         force: Replace the export of another run, or write beside other files; those stay.
     """
     _check_folder("export", run)
-    _refuse_folder_of_runs("export", run)
+    refuse_folder_of_runs("export", run)
     from kdengine.checkpoint import export_run
     from kdengine.models.export import refuse_other_run
 
@@ -268,51 +268,11 @@ def _check_folder(command: str, folder: Path) -> None:
         raise FileNotFoundError(f"{command}: {folder} {what}; expected the folder of a run")
 
 
-def _refuse_folder_of_runs(command: str, folder: Path) -> None:
-    inside = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
-    if inside and not (folder / "checkpoints").exists():
-        raise FileNotFoundError(
-            f"{command}: {folder} is not a run, it holds runs; did you mean "
-            f"{' or '.join(inside[:5])}?"
-        )
-
-
 def _export_latest(run: str, out: str) -> str:
     from kdengine.checkpoint import export_run
 
     export_run(Path(run), Path(out))
     return out
-
-
-def _run_settings(model: str) -> dict[str, Any] | None:
-    """The section [data] of a run's configuration; None for a model that is no folder of a run."""
-    path = Path(model)
-    if model.startswith(("/", ".", "~")) and not path.exists():
-        raise FileNotFoundError(
-            f"eval: {model} does not exist; expected the folder of a run or of an export, or "
-            "'ARCHITECTURE@TAG'"
-        )
-    _refuse_folder_of_runs("eval", path)
-    config = path / "config.toml"
-    if not config.is_file():
-        return {} if (path / "checkpoints").is_dir() else None
-    try:
-        # read loosely: another version of kdengine may have written settings that this one lacks
-        return tomllib.loads(config.read_text(encoding="utf-8")).get("data", {})
-    except ValueError as error:
-        raise ValueError(f"eval: {config} is not valid TOML: {error}") from None
-
-
-def _parse_sets(*words: Sequence[str]) -> list[Any]:
-    from kdengine.evaluate import parse_eval_sets
-
-    sets = parse_eval_sets(*words)
-    if not sets:
-        raise ValueError(
-            "eval: expected at least one set; give --retrieval NAME=SHARDS, --zeroshot NAME=SHARDS "
-            "or --probe 'NAME=TRAIN;TEST'"
-        )
-    return sets
 
 
 def _print(table: object) -> None:
