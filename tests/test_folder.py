@@ -211,8 +211,14 @@ def test_class_folders_have_no_captions_to_train_on(tree: Path) -> None:
         build_loader(indexed(tree), views={"image": VIEW}, tokenizers={}, batch_size=2)
 
 
-def test_class_folders_stand_alone(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one folder of class folders, got .*/set among 2"):
+@pytest.mark.parametrize("require", ["label", "caption"])
+def test_class_folders_stand_alone(tree: Path, tmp_path: Path, require: str) -> None:
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(
+        ValueError, match="one folder of class folders; got the folder .*/set among"
+    ):
+        ensure_index(f"{tmp_path}/*", require=require, num_workers=0)
+    with pytest.raises(ValueError, match="among 2"):
         indexed(f"{tree}::{tmp_path}/a.tar")
 
 

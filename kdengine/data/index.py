@@ -86,16 +86,16 @@ def _check_folder(paths: Sequence[str], require: str) -> None:
     folder = next((path for path in paths if os.path.isdir(path)), None)
     if folder is None:
         return
+    if len(paths) > 1:
+        raise ValueError(
+            f"shards: expected .tar files, or one folder of class folders; got the folder {folder} "
+            f"among {len(paths)}; take it away, or make it a set of its own"
+        )
     if require != "label":
         raise ValueError(
             f"shards: the folder {folder} holds no .tar file but other folders; if those are "
             "classes of images, they have labels and no captions: evaluate them with --zeroshot or "
             "--probe, index them with --require label"
-        )
-    if len(paths) > 1:
-        raise ValueError(
-            f"shards: expected shards or one folder of class folders, got {folder} among "
-            f"{len(paths)}; make a set of each"
         )
 
 
