@@ -81,6 +81,14 @@ def test_the_probe_repeats_itself() -> None:
     assert linear_probe(*parts) == linear_probe(*parts)
 
 
+@pytest.mark.parametrize("grid", [(1e-9, 10.0), (1e-9, 10.0, 20.0)], ids=["end", "within"])
+def test_the_best_at_the_end_of_the_grid_is_told(caplog, monkeypatch, grid) -> None:
+    monkeypatch.setattr(probe, "GRID", grid)
+    x, label = clusters(100, 0.1)
+    assert choose_strength(x.double().numpy(), label) == 10.0
+    assert ("C = 10, is the best; a weaker one" in caplog.text) == (grid[-1] == 10.0)
+
+
 def test_every_fit_is_told() -> None:
     told: list[tuple[int, int]] = []
     linear_probe(*clusters(80, 0.1), *clusters(40, 0.1), advance=lambda *done: told.append(done))

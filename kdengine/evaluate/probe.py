@@ -144,8 +144,8 @@ def choose_strength(
     best = int(np.argmax(scores))
     if best == len(GRID) - 1:
         logger.warning(
-            "linear probe: the weakest penalty (C = %g) is the best of the grid; more training "
-            "images would help, or the classes do not overlap",
+            "linear probe: the weakest penalty of the grid, C = %g, is the best; a weaker one may "
+            "be better still, which embeddings need that hardly differ, as of an untrained model",
             GRID[best],
         )
     return GRID[best]
