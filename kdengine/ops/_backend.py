@@ -26,8 +26,8 @@ MODULES = {
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
 }
-# bytes of the strips and partial sums of one call: on a CPU what its cache holds, on a GPU enough
-# to fill it
+# bytes of the strips, partial sums and kept logits of one call: on a CPU what its cache holds, on a
+# GPU enough to fill it
 WORKSPACE = {"cpu": 32 << 20, "cuda": 640 << 20}
 logger = logging.getLogger("kdengine")
 
@@ -42,7 +42,7 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
     """
     check_name(op, requested)
     device = tensors[0].device.type
-    name = "torch" if requested == "auto" else requested
+    name = name_of(requested)
     reason = why_not(op, name, tensors)
     if reason:
         raise RuntimeError(
@@ -52,6 +52,11 @@ def choose(op: str, tensors: Sequence[Tensor], requested: str) -> ModuleType:
     if requested == "auto":
         _log_once(op, name, device)
     return importlib.import_module(MODULES[op, name])
+
+
+def name_of(requested: str) -> str:
+    """The backend that ``auto`` means, or the one asked for by name."""
+    return "torch" if requested == "auto" else requested
 
 
 def set_workspace(num_bytes: int) -> None:

@@ -57,13 +57,13 @@ def _forward(
     with _backend.running(query):
         stats = similarity.forward(
             *(query, key, scale, labels, labels, [], [], none),
-            *(True, True, False, False, False, False, _backend.workspace(query)),
+            *(True, True, False, False, False, False, False, _backend.workspace(query)),
         )[:4]
         # N times the gradient of the loss, which float16 can hold
         outside = [(x[0] - x[1]).sigmoid() / 2 for x in stats[:2]]
         grads = [torch.stack([x, -x]) for x in outside] + [torch.zeros_like(x) for x in stats[2:]]
         grad_query, grad_key, _ = similarity.backward(
-            *(grads, query, key, scale, labels, labels, [], [], none, stats),
+            *(grads, query, key, scale, labels, labels, [], [], none, stats, none),
             *(True, True, False, _backend.workspace(query)),
         )
     return (
@@ -147,7 +147,7 @@ def _pulls(
     left, right = torch.cat([u.to(x.dtype), x], 1), torch.cat([y, r.to(y.dtype)], 1)
     soft = similarity.forward(
         *(left, right, scale.new_full((), half), labels, labels, [x], [y], scale.reshape(1)),
-        *(False, False, True, True, False, False, _backend.workspace(x)),
+        *(False, False, True, True, False, False, False, _backend.workspace(x)),
     )[2:4]
     diagonal = half * ((u * y).sum(1) + (x * r).sum(1))
     found = []

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``torch`` backend's short cut on a CPU: one exponential a logit for rows and columns.
 
-Exponentials relative to the maximum of their row, ``E_ij = exp(z_ij - top_i)``, give the sums of
-the columns too, by a product with ``exp(top_i - C)``; and in the backward
+Exponentials relative to a constant C, ``E_ij = exp(z_ij - C)``, are added up along rows and along
+columns; and in the backward
 
-    w_i exp(z_ij - a_i) + v_j exp(z_ij - b_j)
-        = exp(z_ij - a_i) (w_i + exp(a_i - c) v_j exp(c - b_j))
+    w_i exp(z_ij - a_i) + v_j exp(z_ij - b_j) = E_ij (w_i exp(C - a_i) + v_j exp(C - b_j))
 
-for any constants C and c. That halves the passes over a strip. It needs both directions, positives
-that are each other's (the i-th pair, by default), and statistics that lie so near to each other
-that no term is lost; this is looked at here, on the host, and where it does not hold the general
-way is taken.
+That halves the passes over a strip. With unit features ``C = max(scale - H, 0)`` lets nothing
+overflow. It needs both directions, positives that are each other's (the i-th pair, by default),
+and sums so near to C that no term is lost; this is looked at here, on the host, and where it does
+not hold the general way is taken.
 """
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,27 +21,39 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kdengine.ops.similarity_torch import Product
 
-# least sum of a column, and largest distance of two statistics in nats: what is lost beyond them is
-# below the dtype's rounding
-LEAST = {torch.float32: 2.0**-80, torch.float64: 2.0**-900}
-SPREAD = {torch.float32: 40.0, torch.float64: 500.0}
+# H, in nats
+HEADROOM = {torch.float32: 60.0, torch.float64: 500.0}
+# logarithms of the sums that lose nothing: below, terms may have vanished; above, products with
+# logits may overflow
+LEAST = {torch.float32: -55.0, torch.float64: -600.0}
+MOST = {torch.float32: 80.0, torch.float64: 690.0}
+
+
+class Factor(NamedTuple):
+    """What the exponentials of a matrix are multiplied by: ``of_row_i + of_col_j``."""
+
+    of_rows: Tensor
+    of_cols: Tensor
+    constant: float
 
 
 def are_pairs(labels: Tensor, col_labels: Tensor) -> bool:
     """Whether every positive of a row is its column's positive, and the other way round."""
+    numbers = torch.arange(max(len(labels), len(col_labels)))
 
     def one_way(mine: Tensor, others: Tensor) -> bool:
-        numbers = torch.arange(len(mine))
         inside = (mine >= 0) & (mine < len(others))
-        return bool((others[mine[inside]] == numbers[inside]).all())
+        return bool((others[mine[inside]] == numbers[: len(mine)][inside]).all())
 
+    if all(torch.equal(x, numbers[: len(x)]) for x in (labels, col_labels)):
+        return True
     return one_way(labels, col_labels) and one_way(col_labels, labels)
 
 
 def forward(
     sources: "Sequence[Product]", strips: Sequence[slice], z: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The statistics of rows, columns and teachers of pairs; None where a column lost terms.
+    """The statistics of rows, columns and teachers of pairs; None where a sum lost terms.
 
     Args:
         sources: the student's product, then those of the teachers.
@@ -53,58 +63,79 @@ def forward(
     """
     num_rows, num_cols = len(labels), z.shape[1]
     inside = (labels >= 0) & (labels < num_cols)
-    places = labels.clamp(0, num_cols - 1)
+    places = labels.clamp(0, num_cols - 1)[:, None]
+    constants = [constant(source) for source in sources]
+    # totals, positives, and for teachers sums that have the exponentials as weights
     rows = [z.new_empty(4 if k else 2, num_rows) for k in range(len(sources))]
     cols = [z.new_zeros(4 if k else 2, num_cols) for k in range(len(sources))]
-    peaks = [-torch.inf] * len(sources)
-    buffers = [torch.empty_like(z) for _ in range(4 if len(sources) > 1 else 1)]
+    buffers = [torch.empty_like(z) for _ in range(3 if len(sources) > 1 else 1)]
     for strip in strips:
-        height = strip.stop - strip.start
-        at, named = places[strip, None], inside[strip, None]
+        height, named = strip.stop - strip.start, inside[strip, None]
+        e = buffers[0][:height]
         logits = sources[0].strip(strip, z)
-        work = buffers[0][:height]
         for k, source in enumerate(sources):
             x = source.strip(strip, buffers[1]) if k else logits
-            positive = x.gather(1, at)
-            x.scatter_(1, at, positive.masked_fill(named, -torch.inf))
-            # finite also where the positive was all there is
-            top = x.amax(1).clamp(min=torch.finfo(z.dtype).min)
-            torch.sub(x, top[:, None], out=work).exp_()
-            x.scatter_(1, at, positive)
-            peak = max(peaks[k], top.max().item())
-            cols[k] *= math.exp(peaks[k] - peak)
-            peaks[k] = peak
-            weights = (top - peak).exp()
-            total = work.sum(1)
-            cols[k][0] += work.mT @ weights
-            rows[k][0, strip] = top + total.log()
-            rows[k][1, strip] = positive[:, 0].where(inside[strip], 0)
+            positive = x.gather(1, places[strip])
+            exponentials(x, constants[k], e)
+            e.scatter_(1, places[strip], e.gather(1, places[strip]).masked_fill(named, 0))
+            rows[k][1, strip] = positive.masked_fill(~named, 0)[:, 0]
+            add(e, 0, rows[k], cols[k], strip)
             if k:
-                gap, product = (buffer[:height] for buffer in buffers[2:])
-                torch.sub(x, logits, out=gap)
-                for i, weighed in ((2, gap), (3, x)):
-                    torch.mul(work, weighed, out=product)
-                    # the largest exponential is 1, so a total below 1 is the 0 of an empty sum
-                    rows[k][i, strip] = product.sum(1) / total.clamp(min=1)
-                    cols[k][i] += product.mT @ weights
-    if any((side[0] < LEAST[z.dtype]).any() for side in cols):
-        return None
-    for k, side in enumerate(cols):
-        side[2:] /= side[0]
-        side[0] = side[0].log() + peaks[k]
-        side[1, places[inside]] = rows[k][1, inside]
+                product = buffers[2][:height]
+                add(torch.sub(x, logits, out=product).mul_(e), 2, rows[k], cols[k], strip)
+                add(torch.mul(x, e, out=product), 3, rows[k], cols[k], strip)
+    for side in (rows, cols):
+        for x, shift in zip(side, constants, strict=True):
+            x[2:] /= x[0]
+            x[0] = x[0].log() + shift
+            if not in_range(x[0], shift):
+                return None
+    for row, col in zip(rows, cols, strict=True):
+        col[1, places[inside, 0]] = row[1, inside]
     row_teachers, col_teachers = (
         torch.stack(x[1:]) if x[1:] else z.new_empty(0, 4, 0) for x in (rows, cols)
     )
     return rows[0], cols[0], row_teachers, col_teachers
 
 
-def can_share(statistics: Sequence[Tensor]) -> bool:
-    """Whether the exponentials of the rows serve the columns as well."""
-    row_lse, col_lse = statistics[0][:1], statistics[1][:1]
-    pairs = [(row_lse, col_lse)]
-    pairs += list(zip(statistics[2][:, 0], statistics[3][:, 0], strict=True))
-    return all(bool(a.max() - b.min() <= SPREAD[a.dtype]) for a, b in pairs)
+def constant(source: "Product") -> float:
+    """C: as near to 0 as overflow allows, because an exponent's rounding error grows with it."""
+    return max(source.scale.item() - HEADROOM[source.left.dtype], 0.0)
+
+
+def exponentials(x: Tensor, shift: float, out: Tensor) -> Tensor:
+    """``exp(x - shift)``."""
+    return torch.sub(x, shift, out=out).exp_() if shift else torch.exp(x, out=out)
+
+
+def add(x: Tensor, number: int, rows: Tensor, cols: Tensor, strip: slice) -> None:
+    """Add up a strip along both directions."""
+    torch.sum(x, 1, out=rows[number, strip])
+    cols[number] += x.sum(0)
+
+
+def in_range(lse: Tensor, shift: float) -> bool:
+    """Whether sums relative to the constant lost no term; not so where one is empty or NaN."""
+    low, high = (x.item() - shift for x in lse.aminmax())
+    return low >= LEAST[lse.dtype] and high <= MOST[lse.dtype]
+
+
+def factors(
+    sources: "Sequence[Product]", statistics: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Factor] | None:
+    """What each matrix's exponentials are multiplied by; None where they would lose terms."""
+    found = []
+    for k, source in enumerate(sources):
+        shift = constant(source)
+        pair = []
+        for i in (0, 1):
+            lse = statistics[2 + i][k - 1, 0] if k else statistics[i][0]
+            weight = -grads[2 + i][k - 1, 2] if k else grads[i][0]
+            if not in_range(lse, shift):
+                return None
+            pair.append(weight * (shift - lse).exp())
+        found.append(Factor(pair[0], pair[1], shift))
+    return found
 
 
 def backward(
@@ -113,25 +144,20 @@ def backward(
     z: Tensor,
     buffers: Sequence[Tensor],
     labels: Tensor,
-    statistics: Sequence[Tensor],
+    factors: Sequence[Factor],
     grads: Sequence[Tensor],
 ) -> Tensor:
     """The gradient of one strip's logits, in the first of two buffers."""
     height = strip.stop - strip.start
-    g, factor = (buffer[:height] for buffer in buffers)
-    for k, source in enumerate(sources):
-        x = source.strip(strip, z)
-        i = max(0, k - 1)
-        a, b = (statistics[2][i, 0], statistics[3][i, 0]) if k else (s[0] for s in statistics[:2])
-        w, v = (grads[2][i, 2], grads[3][i, 2]) if k else (d[0] for d in grads[:2])
-        middle = (a.max() + b.min()) / 2
-        up, down = (a[strip] - middle).exp(), v * (middle - b).exp()
-        torch.addcmul(w[strip, None], up[:, None], down, out=factor)
-        e = x.sub_(a[strip, None]).exp_()
+    g, work = (buffer[:height] for buffer in buffers)
+    for k, (source, factor) in enumerate(zip(sources, factors, strict=True)):
+        # where logits are kept they must not be overwritten
+        e = exponentials(source.strip(strip, z), factor.constant, z[:height])
+        torch.add(factor.of_rows[strip, None], factor.of_cols, out=work)
         if k:
-            g.addcmul_(e, factor, value=-1)
+            g.addcmul_(e, work)
         else:
-            torch.mul(e, factor, out=g)
+            torch.mul(e, work, out=g)
     inside = (labels[strip] >= 0) & (labels[strip] < z.shape[1])
     places = labels[strip].clamp(0, z.shape[1] - 1)
     wanted = grads[0][1, strip] + grads[1][1, places]

@@ -13,6 +13,7 @@ confident positives keep their relative accuracy. A label outside the matrix nam
 Legend: B rows, M columns, C rows of a strip, K teachers; D and E widths.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,12 +116,20 @@ class Product:
     def __init__(self, left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self.left = left.to(dtype)
         self.right = right.to(dtype)
-        # scaled once here instead of once a logit
-        self.scaled = self.left * scale.to(dtype)
+        self.scale = scale.to(dtype)
+        # the whole matrix, if it is small enough to be kept from the forward to the backward
+        self.kept: Tensor | None = None
+        self.is_known = False
+
+    @functools.cached_property
+    def scaled(self) -> Tensor:
+        """The left features, scaled once here instead of once a logit."""
+        return self.left * self.scale
 
     def strip(self, rows: slice, out: Tensor) -> Tensor:
-        """The logits of some rows."""
-        return torch.mm(self.scaled[rows], self.right.mT, out=out[: rows.stop - rows.start])
+        """The logits of some rows: in ``out``, or where they are kept."""
+        place = out[: rows.stop - rows.start] if self.kept is None else self.kept[rows]
+        return place if self.is_known else torch.mm(self.scaled[rows], self.right.mT, out=place)
 
 
 def products(
@@ -162,21 +171,26 @@ def forward(
     soft_cols: bool,
     means: bool,
     attend: bool,
+    keep: bool,
     budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
-    student, *teachers = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    sources = sources if soft_rows or soft_cols else sources[:1]
+    student, *teachers = sources
+    all_logits = student.left.new_empty(len(sources) if keep else 0, len(query), len(key))
+    for source, kept in zip(sources, all_logits, strict=False):
+        source.kept = kept
     row_side, col_side = Side(1, labels), Side(0, col_labels)
     hard = [row_side] * on_rows + [col_side] * on_cols
     soft = [row_side] * soft_rows + [col_side] * soft_cols
-    teachers = teachers if soft else []
-    strips, z = cut(student, budget)
+    strips, z = cut(student, budget - all_logits.nbytes)
     both = on_rows and on_cols and soft_rows == soft_cols and not means
     if both and not z.is_cuda and min(len(labels), len(col_labels)) > 1:
         if similarity_shared.are_pairs(labels, col_labels):
-            found = similarity_shared.forward([student, *teachers], strips, z, labels)
+            found = similarity_shared.forward(sources, strips, z, labels)
             if found is not None:
-                return (*found, z.new_empty(0, key.shape[1]))
+                return (*found, z.new_empty(0, key.shape[1]), all_logits)
     work = torch.empty_like(z)
     temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
@@ -199,13 +213,14 @@ def forward(
             for side in soft:
                 cells = side.cells(rows, z.shape[1])
                 side.add(k, reduce(targets, cells, weigh, work[here], temp[here]))
-    sources = range(1, 1 + len(teachers))
+    numbers = range(1, 1 + len(teachers))
     return (
         row_side.result(0) if on_rows else z.new_empty(2 + means, 0),
         col_side.result(0) if on_cols else z.new_empty(2 + means, 0),
-        torch.stack([row_side.result(k) for k in sources]) if soft_rows else z.new_empty(0, 4, 0),
-        torch.stack([col_side.result(k) for k in sources]) if soft_cols else z.new_empty(0, 4, 0),
+        torch.stack([row_side.result(k) for k in numbers]) if soft_rows else z.new_empty(0, 4, 0),
+        torch.stack([col_side.result(k) for k in numbers]) if soft_cols else z.new_empty(0, 4, 0),
         attended,
+        all_logits,
     )
 
 
@@ -233,6 +248,7 @@ def backward(
     teacher_key: Sequence[Tensor],
     teacher_scale: Tensor,
     statistics: Sequence[Tensor],
+    logits: Tensor,
     need_query: bool,
     need_key: bool,
     need_scale: bool,
@@ -241,25 +257,28 @@ def backward(
     """Gradients of query, key and scale; one that is not needed is empty."""
     sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
     student = sources[0]
+    for source, kept in zip(sources, logits, strict=False):
+        source.kept, source.is_known = kept, True
     row_side, col_side = Side(1, labels), Side(0, col_labels)
     row_pulls = pulls(row_side, statistics[0], grads[0], statistics[2], grads[2])
     col_pulls = pulls(col_side, statistics[1], grads[1], statistics[3], grads[3])
     need_left = need_query or need_scale
     left = torch.empty_like(student.left if need_left else student.left[:0])
     right = torch.zeros_like(student.right if need_key else student.right[:0])
-    strips, z = cut(student, budget)
+    strips, z = cut(student, budget - logits.nbytes)
     g, work = torch.empty_like(z), torch.empty_like(z)
     both = all(s.shape[-1] for s in statistics[:2]) and len(statistics[2]) == len(statistics[3])
-    shared = both and not z.is_cuda and similarity_shared.are_pairs(labels, col_labels)
-    shared = shared and similarity_shared.can_share(statistics)
+    factors = None
     if both:
         sources = sources[: 1 + len(statistics[2])]
+        if not z.is_cuda and similarity_shared.are_pairs(labels, col_labels):
+            factors = similarity_shared.factors(sources, statistics, grads)
     grad_scale = left.new_zeros(() if need_scale else (0,))
     for strip in strips:
         here = slice(strip.stop - strip.start)
-        if shared:
+        if factors is not None:
             residual = similarity_shared.backward(
-                sources, strip, z, (g, work), labels, statistics, grads
+                sources, strip, z, (g, work), labels, factors, grads
             )
         else:
             residual = add_pulls(sources, (*row_pulls, *col_pulls), strip, z, g[here], work[here])

@@ -37,8 +37,9 @@ def forward(
     soft_cols: bool,
     means: bool,
     attend: bool,
+    keep: bool,
     budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
     student, teachers = _matrices(query, key, scale, teacher_query, teacher_key, teacher_scale)
     num_rows, num_cols = len(query), len(key)
@@ -54,7 +55,7 @@ def forward(
     if attend:
         attended = attend_rows(student, row_labels, row_stats, budget)
         attended = attended[:, : key.shape[1]].contiguous()
-        return row_stats, col_stats, teacher_rows, teacher_cols, attended
+        return row_stats, col_stats, teacher_rows, teacher_cols, attended, new(0, 0, 0)
     # the student's own statistics come with the first sweep
     for k, teacher in enumerate(teachers if teachers and (soft_rows or soft_cols) else [None]):
         row_side = Side(
@@ -68,7 +69,7 @@ def forward(
             teacher_cols[k] if soft_cols else None,
         )
         sweep(student, teacher, row_side, col_side, budget)
-    return row_stats, col_stats, teacher_rows, teacher_cols, new(0, key.shape[1])
+    return row_stats, col_stats, teacher_rows, teacher_cols, new(0, key.shape[1]), new(0, 0, 0)
 
 
 def backward(
@@ -82,6 +83,7 @@ def backward(
     teacher_key: Sequence[Tensor],
     teacher_scale: Tensor,
     statistics: Sequence[Tensor],
+    logits: Tensor,
     need_query: bool,
     need_key: bool,
     need_scale: bool,

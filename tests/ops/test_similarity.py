@@ -140,10 +140,12 @@ def op_inputs(dtype: torch.dtype) -> list:
 
 
 FLAGS = {
-    "everything": (True, True, True, True, True, False),
-    "hard rows": (True, False, False, False, False, False),
-    "attended": (True, False, False, False, False, True),
-    "soft columns": (True, True, False, True, False, False),
+    "everything": (True, True, True, True, True, False, False),
+    "hard rows": (True, False, False, False, False, False, False),
+    "attended": (True, False, False, False, False, True, False),
+    "soft columns": (True, True, False, True, False, False, False),
+    "hard rows, logits kept": (True, False, False, False, False, False, True),
+    "soft rows, logits kept": (True, True, True, False, False, False, True),
 }
 
 
@@ -153,13 +155,15 @@ def test_opcheck_of_the_forward(dtype: torch.dtype, flags: tuple[bool, ...]) -> 
     torch.library.opcheck(_forward, (*op_inputs(dtype), *flags, "auto"))
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
-def test_opcheck_of_the_backward(needs: tuple[bool, ...]) -> None:
+def test_opcheck_of_the_backward(needs: tuple[bool, ...], keep: bool) -> None:
     inputs = op_inputs(torch.float32)
-    statistics = [x.detach() for x in _forward(*inputs, *FLAGS["everything"], "auto")][:4]
+    flags = (*FLAGS["everything"][:-1], keep)
+    *statistics, _, logits = (x.detach() for x in _forward(*inputs, *flags, "auto"))
     grads = [torch.rand_like(x) for x in statistics]
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-    torch.library.opcheck(_backward, (grads, *inputs, statistics, *needs, "auto"))
+    torch.library.opcheck(_backward, (grads, *inputs, statistics, logits, *needs, "auto"))
 
 
 def test_compiles_to_one_graph() -> None:
@@ -257,10 +261,71 @@ def test_no_tensor_has_the_size_of_the_matrix() -> None:
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
     budget = similarity_torch.NUM_BUFFERS * rows * 32 * 4
     with Largest() as largest:
-        stats = similarity_torch.forward(*args, True, True, True, True, True, False, budget)[:4]
+        flags = [True] * 5 + [False] * 2
+        *stats, _, logits = similarity_torch.forward(*args, *flags, budget)
         grads = [torch.ones_like(s) for s in stats]
-        similarity_torch.backward(grads, *args, stats, True, True, True, budget)
+        similarity_torch.backward(grads, *args, stats, logits, True, True, True, budget)
     assert largest.elements == rows * 32
+
+
+@pytest.mark.parametrize("labels", ["pairs", "repeated"])
+@pytest.mark.parametrize("num_teachers", [0, 1, 2])
+def test_logits_that_fit_are_kept_and_change_nothing(
+    num_teachers: int, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(40, 50, 6, 4)
+    if labels == "pairs":
+        p |= {"labels": torch.arange(40), "col_labels": torch.arange(50)}
+    p |= {name: p[name][:num_teachers] for name in p if name.startswith("teacher")}
+    soft = num_teachers > 0
+    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 64)
+    counted, strip = [], similarity_torch.Product.strip
+    monkeypatch.setattr(
+        similarity_torch.Product,
+        "strip",
+        lambda self, *args: counted.append(self.is_known) or strip(self, *args),
+    )
+
+    def run_soft(q: dict) -> tuple:
+        return run(q, soft_rows=soft, soft_cols=soft, means=False)
+
+    # twice the bytes of all matrices, and one less
+    num_bytes = 2 * 8 * 40 * 50 * (1 + num_teachers)
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", num_bytes)
+    kept, kept_gradients = with_gradients(run_soft, p)
+    # a product a matrix in the forward, none in the backward
+    assert counted == [False] * (1 + num_teachers) + [True] * (1 + num_teachers)
+    monkeypatch.setitem(_backend.WORKSPACE, "cpu", num_bytes - 1)
+    counted.clear()
+    again, again_gradients = with_gradients(run_soft, p)
+    assert True not in counted
+    for x, y in zip([*kept, *kept_gradients], [*again, *again_gradients], strict=True):
+        assert_near(x, y, 1e-12)
+
+
+def test_kept_logits_serve_a_second_backward() -> None:
+    p = problem(40, 50, 6, 4)
+    p |= {name: p[name].requires_grad_() for name in ("query", "key", "scale")}
+    for labels in (p["labels"], torch.arange(40)):
+        rows, cols = run(p | {"labels": labels}, means=False)
+        inputs = [p["query"], p["key"], p["scale"]]
+        outputs = [rows.others, cols.positive, rows.gap]
+        ones = [torch.ones_like(x) for x in outputs]
+        first = torch.autograd.grad(outputs, inputs, ones, retain_graph=True)
+        second = torch.autograd.grad(outputs, inputs, ones)
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_without_gradients_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, seen, real = problem(40, 50, 6, 4), [], similarity_torch.forward
+    # the last argument but one
+    monkeypatch.setattr(similarity_torch, "forward", lambda *x: seen.append(x[-2]) or real(*x))
+    run(p)
+    p["key"].requires_grad_()
+    run(p)
+    with torch.no_grad():
+        run(p)
+    assert seen == [False, True, False]
 
 
 def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
