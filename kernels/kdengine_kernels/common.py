@@ -84,19 +84,19 @@ def shifted_exp(x, shift):
 
 @triton.jit
 def tile_numbers(
+    tile,
     num_rows,
     num_cols,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Row and column of this program's tile; GROUP rows of tiles share columns within the cache."""
-    program = tl.program_id(0)
+    """Row and column of a tile; GROUP rows of tiles share columns within the cache."""
     num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BLOCK_ROWS), tl.cdiv(num_cols, BLOCK_COLS)
     in_group = GROUP * num_col_tiles
-    first = program // in_group * GROUP
+    first = tile // in_group * GROUP
     height = tl.minimum(num_row_tiles - first, GROUP)
-    return first + program % in_group % height, program % in_group // height
+    return first + tile % in_group % height, tile % in_group // height
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -162,11 +162,28 @@ def num_processors(device: torch.device) -> int:
     return 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def num_programs(num_tiles: int, device: torch.device, *, is_rare: bool) -> int:
+    """Programs of a launch: one a tile, or the few that loop over the tiles of a rare repetition.
+
+    A repetition that is not needed returns at once, but each of its programs still has to start.
+    """
+    return min(num_tiles, 2 * num_processors(device)) if is_rare else num_tiles
+
+
 def strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
     """Rows of a strip: its product with the keys fills the processors, within the budget."""
     full = 128 * max(1, num_processors(left.device) // triton.cdiv(left.shape[1], 256))
     allowed = max(128, budget // (itemsize * num_cols) // 128 * 128)
     return min(full, allowed, triton.cdiv(len(left), 128) * 128)
+
+
+def new_strip(left: Tensor, height: int, num_cols: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (height, num_cols) whose rows begin at multiples of 32 bytes or more.
+
+    So the library multiplies it by its fast kernels for any number of columns.
+    """
+    stride = triton.cdiv(num_cols, 16) * 16
+    return left.new_empty(height, stride, dtype=dtype)[:, :num_cols]
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

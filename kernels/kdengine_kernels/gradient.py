@@ -19,6 +19,7 @@ from kdengine_kernels.common import (
     add_product,
     has_tma,
     multiply,
+    new_strip,
     strip_height,
     tile_numbers,
     tile_product,
@@ -45,6 +46,7 @@ def _pulls_kernel(
     first_row,
     end_row,
     num_cols,
+    out_stride,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
@@ -55,7 +57,9 @@ def _pulls_kernel(
     PRECISION: tl.constexpr,
 ):
     """G = (P + Q) / 2 and dA = (P (H - row_mean) + Q (H - col_mean)) / 2, diagonals as given."""
-    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    row_tile, col_tile = tile_numbers(
+        tl.program_id(0), end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP
+    )
     row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     z = tl.load(scale).to(tl.float32) * tile_product(
         query,
@@ -97,7 +101,7 @@ def _pulls_kernel(
     g = tl.where(same, tl.load(diagonal_g + row_at)[:, None], p + q)
     a = tl.where(same, tl.load(diagonal_a + row_at)[:, None], a)
     here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
-    place = ((rows - first_row).to(tl.int64) * num_cols)[:, None] + cols[None, :]
+    place = ((rows - first_row).to(tl.int64) * out_stride)[:, None] + cols[None, :]
     tl.store(g_out + place, g.to(g_out.dtype.element_ty), mask=here)
     tl.store(a_out + place, a.to(a_out.dtype.element_ty), mask=here)
 
@@ -125,7 +129,7 @@ def backward(
     num_rows = len(x)
     height = strip_height(x, num_rows, 2 * x.itemsize, budget)
     blocks = config("pulls", x.itemsize)
-    g, a = (x.new_empty(height, num_rows) for _ in range(2))
+    g, a = (new_strip(x, height, num_rows) for _ in range(2))
     g_r, a_y = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
     g_u, a_x = (torch.zeros_like(y, dtype=torch.float32) for _ in range(2))
     for first in range(0, num_rows, height):
@@ -146,6 +150,7 @@ def backward(
             first,
             strip.stop,
             num_rows,
+            g.stride(0),
             WIDTH=x.shape[1],
             WIDE=wide.left.shape[1],
             TMA=has_tma(x.device),

@@ -32,7 +32,7 @@ WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 INT32 = {"labels", "col_labels", "flag"}
 SIZES = {"first_row", "end_row", "num_cols", "row_stride", "row_slot", "col_stride", "col_slot"}
-SIZES |= {"part_stride", "part_slot"}
+SIZES |= {"part_stride", "part_slot", "num_tiles", "out_stride"}
 
 
 class Usage(NamedTuple):
@@ -124,7 +124,7 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
     aligned: dict[Any, Any] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name == "out_stride"
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

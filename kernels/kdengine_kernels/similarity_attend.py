@@ -27,6 +27,8 @@ from kdengine_kernels.common import (
     fixed_shift,
     has_tma,
     multiply,
+    new_strip,
+    num_programs,
     shifted_exp,
     strip_height,
     tile_numbers,
@@ -50,6 +52,8 @@ def _attend_kernel(
     first_row,
     end_row,
     num_cols,
+    num_tiles,
+    out_stride,
     part_stride,
     part_slot,
     WIDTH: tl.constexpr,
@@ -67,42 +71,51 @@ def _attend_kernel(
     """
     if (tl.load(flag) != 0) != EXACT:
         return
-    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
-    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    s = tl.load(scale).to(tl.float32)
-    z = s * tile_product(
-        query,
-        key,
-        row0,
-        col0,
-        end_row,
-        num_cols,
-        WIDTH,
-        BLOCK_ROWS,
-        BLOCK_COLS,
-        BLOCK_K,
-        PRECISION,
-        TMA,
-    )
-    rows = row0 + tl.arange(0, BLOCK_ROWS)
-    cols = col0 + tl.arange(0, BLOCK_COLS)
-    row_here = rows < end_row
-    col_here = cols < num_cols
-    here = row_here[:, None] & col_here[None, :]
-    inside = row_others(labels, rows, cols, row_here, col_here)
-    if EXACT:
-        a = tl.load(lse + rows, mask=row_here, other=0.0)
-        e = tl.exp2((z - tl.where(a == float("-inf"), 0.0, a)[:, None]) * LOG2E)
-    else:
-        e = shifted_exp(z, fixed_shift(s))
-    e = tl.where(inside, e, 0.0)
-    rounded = e.to(out.dtype.element_ty)
-    local = rows - first_row
-    tl.store(out + (local.to(tl.int64) * num_cols)[:, None] + cols[None, :], rounded, mask=here)
-    if not EXACT:
-        at = parts + col_tile.to(tl.int64) * part_stride + local
-        tl.store(at + part_slot, tl.sum(e, 1), mask=row_here)
-        tl.store(at + 2 * part_slot, tl.sum(rounded.to(tl.float32), 1), mask=row_here)
+    # a repetition has fewer programs than tiles; in any other launch this is no loop at all
+    remaining = num_tiles - tl.program_id(0)
+    for turn in (range if EXACT else tl.static_range)(
+        tl.cdiv(remaining, tl.num_programs(0)) if EXACT else 1
+    ):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        row_tile, col_tile = tile_numbers(
+            tile, end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP
+        )
+        row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        s = tl.load(scale).to(tl.float32)
+        z = s * tile_product(
+            query,
+            key,
+            row0,
+            col0,
+            end_row,
+            num_cols,
+            WIDTH,
+            BLOCK_ROWS,
+            BLOCK_COLS,
+            BLOCK_K,
+            PRECISION,
+            TMA,
+        )
+        rows = row0 + tl.arange(0, BLOCK_ROWS)
+        cols = col0 + tl.arange(0, BLOCK_COLS)
+        row_here = rows < end_row
+        col_here = cols < num_cols
+        here = row_here[:, None] & col_here[None, :]
+        inside = row_others(labels, rows, cols, row_here, col_here)
+        if EXACT:
+            a = tl.load(lse + rows, mask=row_here, other=0.0)
+            e = tl.exp2((z - tl.where(a == float("-inf"), 0.0, a)[:, None]) * LOG2E)
+        else:
+            e = shifted_exp(z, fixed_shift(s))
+        e = tl.where(inside, e, 0.0)
+        rounded = e.to(out.dtype.element_ty)
+        local = rows - first_row
+        place = (local.to(tl.int64) * out_stride)[:, None] + cols[None, :]
+        tl.store(out + place, rounded, mask=here)
+        if not EXACT:
+            at = parts + col_tile.to(tl.int64) * part_stride + local
+            tl.store(at + part_slot, tl.sum(e, 1), mask=row_here)
+            tl.store(at + 2 * part_slot, tl.sum(rounded.to(tl.float32), 1), mask=row_here)
 
 
 def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor:
@@ -122,7 +135,7 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
     blocks = config("attend", left.itemsize)
     height = strip_height(left, num_cols, left.itemsize, budget)
     num_col_tiles = triton.cdiv(num_cols, blocks.cols)
-    strip = left.new_empty(height, num_cols)
+    strip = new_strip(left, height, num_cols)
     parts = left.new_empty(3, num_col_tiles, height, dtype=torch.float32)
     found = left.new_empty(3, num_rows, dtype=torch.float32)
     attended = left.new_empty(left.shape, dtype=torch.float32)
@@ -165,7 +178,7 @@ def _write(
 ) -> None:
     num_cols = len(matrix.right)
     num_tiles = triton.cdiv(end - first, blocks.rows) * triton.cdiv(num_cols, blocks.cols)
-    _attend_kernel[(num_tiles,)](
+    _attend_kernel[(num_programs(num_tiles, strip.device, is_rare=exact),)](
         *matrix.operands(blocks),
         labels,
         lse,
@@ -175,6 +188,8 @@ def _write(
         first,
         end,
         num_cols,
+        num_tiles,
+        strip.stride(0),
         parts.stride(1),
         parts.stride(0),
         WIDTH=matrix.left.shape[1],

@@ -117,6 +117,8 @@ def _gradient_kernel(
     first_row,
     end_row,
     num_cols,
+    num_tiles,
+    out_stride,
     WIDTH: tl.constexpr,
     TEACHER_WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -137,83 +139,91 @@ def _gradient_kernel(
     """``out`` (end_row - first_row, num_cols) = [residual +] student's pulls - teacher's pulls."""
     if (tl.load(flag) != 0) != EXACT:
         return
-    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
-    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    if SOFT_ROWS or SOFT_COLS:
-        r = tl.load(teacher_scale).to(tl.float32)
-        t = r * tile_product(
-            teacher_query,
-            teacher_key,
-            row0,
-            col0,
-            end_row,
-            num_cols,
-            TEACHER_WIDTH,
-            BLOCK_ROWS,
-            BLOCK_COLS,
-            BLOCK_K,
-            TEACHER_PRECISION,
-            TMA,
+    # a repetition has fewer programs than tiles; in any other launch this is no loop at all
+    remaining = num_tiles - tl.program_id(0)
+    for turn in (range if EXACT else tl.static_range)(
+        tl.cdiv(remaining, tl.num_programs(0)) if EXACT else 1
+    ):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        row_tile, col_tile = tile_numbers(
+            tile, end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP
         )
-    if ROWS or COLS:
-        s = tl.load(scale).to(tl.float32)
-        z = s * tile_product(
-            query,
-            key,
-            row0,
-            col0,
-            end_row,
-            num_cols,
-            WIDTH,
-            BLOCK_ROWS,
-            BLOCK_COLS,
-            BLOCK_K,
-            PRECISION,
-            TMA,
-        )
-    rows = row0 + tl.arange(0, BLOCK_ROWS)
-    cols = col0 + tl.arange(0, BLOCK_COLS)
-    row_at, col_at = tl.minimum(rows, end_row - 1), tl.minimum(cols, num_cols - 1)
-    g = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if ROWS or COLS:
-        g += _pulls(
-            z,
-            s,
-            row_at,
-            col_at,
-            row_lse,
-            row_weight,
-            row_coefficient,
-            col_lse,
-            col_weight,
-            col_coefficient,
-            ROWS,
-            COLS,
-            EXACT,
-        )
-    if SOFT_ROWS or SOFT_COLS:
-        g -= _pulls(
-            t,
-            r,
-            row_at,
-            col_at,
-            teacher_row_lse,
-            teacher_row_weight,
-            teacher_row_coefficient,
-            teacher_col_lse,
-            teacher_col_weight,
-            teacher_col_coefficient,
-            SOFT_ROWS,
-            SOFT_COLS,
-            EXACT,
-        )
-    here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
-    place = ((rows - first_row).to(tl.int64) * num_cols)[:, None] + cols[None, :]
-    if RESIDUAL:
-        g += tl.load(residual + place, mask=here, other=0.0)
-    if UNIT:
-        g *= tl.load(unit)
-    tl.store(out + place, g.to(out.dtype.element_ty), mask=here)
+        row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        if SOFT_ROWS or SOFT_COLS:
+            r = tl.load(teacher_scale).to(tl.float32)
+            t = r * tile_product(
+                teacher_query,
+                teacher_key,
+                row0,
+                col0,
+                end_row,
+                num_cols,
+                TEACHER_WIDTH,
+                BLOCK_ROWS,
+                BLOCK_COLS,
+                BLOCK_K,
+                TEACHER_PRECISION,
+                TMA,
+            )
+        if ROWS or COLS:
+            s = tl.load(scale).to(tl.float32)
+            z = s * tile_product(
+                query,
+                key,
+                row0,
+                col0,
+                end_row,
+                num_cols,
+                WIDTH,
+                BLOCK_ROWS,
+                BLOCK_COLS,
+                BLOCK_K,
+                PRECISION,
+                TMA,
+            )
+        rows = row0 + tl.arange(0, BLOCK_ROWS)
+        cols = col0 + tl.arange(0, BLOCK_COLS)
+        row_at, col_at = tl.minimum(rows, end_row - 1), tl.minimum(cols, num_cols - 1)
+        g = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        if ROWS or COLS:
+            g += _pulls(
+                z,
+                s,
+                row_at,
+                col_at,
+                row_lse,
+                row_weight,
+                row_coefficient,
+                col_lse,
+                col_weight,
+                col_coefficient,
+                ROWS,
+                COLS,
+                EXACT,
+            )
+        if SOFT_ROWS or SOFT_COLS:
+            g -= _pulls(
+                t,
+                r,
+                row_at,
+                col_at,
+                teacher_row_lse,
+                teacher_row_weight,
+                teacher_row_coefficient,
+                teacher_col_lse,
+                teacher_col_weight,
+                teacher_col_coefficient,
+                SOFT_ROWS,
+                SOFT_COLS,
+                EXACT,
+            )
+        here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
+        place = ((rows - first_row).to(tl.int64) * out_stride)[:, None] + cols[None, :]
+        if RESIDUAL:
+            g += tl.load(residual + place, mask=here, other=0.0)
+        if UNIT:
+            g *= tl.load(unit)
+        tl.store(out + place, g.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -235,7 +245,7 @@ def _positives_kernel(
     num_others,
     first_row,
     end_row,
-    num_cols,
+    out_stride,
     OF_ROWS: tl.constexpr,
     OTHER: tl.constexpr,
     NUM_TEACHERS: tl.constexpr,
@@ -269,5 +279,5 @@ def _positives_kernel(
         g *= tl.load(unit)
     rows, cols = (items, others) if OF_ROWS else (others, items)
     inside = inside & (rows >= first_row) & (rows < end_row)
-    place = (rows - first_row).to(tl.int64) * num_cols + cols
+    place = (rows - first_row).to(tl.int64) * out_stride + cols
     tl.store(out + place, g.to(out.dtype.element_ty), mask=inside)

@@ -88,6 +88,7 @@ def _statistics_kernel(
     first_row,
     end_row,
     num_cols,
+    num_tiles,
     row_stride,
     row_slot,
     col_stride,
@@ -111,62 +112,70 @@ def _statistics_kernel(
     if ONLINE:
         if tl.load(flag) == 0:
             return
-    row_tile, col_tile = tile_numbers(end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
-    row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
-    s = tl.load(scale).to(tl.float32)
-    z = s * tile_product(
-        query,
-        key,
-        row0,
-        col0,
-        end_row,
-        num_cols,
-        WIDTH,
-        BLOCK_ROWS,
-        BLOCK_COLS,
-        BLOCK_K,
-        PRECISION,
-        TMA,
-    )
-    rows = row0 + tl.arange(0, BLOCK_ROWS)
-    cols = col0 + tl.arange(0, BLOCK_COLS)
-    row_here, col_here = rows < end_row, cols < num_cols
-    row_out = row_parts + col_tile.to(tl.int64) * row_stride + rows - first_row
-    col_out = col_parts + row_tile.to(tl.int64) * col_stride + cols
-    if ROWS or COLS:
-        e = shifted_exp(z, fixed_shift(s))
-        if ROWS:
-            inside = row_others(labels, rows, cols, row_here, col_here)
-            _reduce(row_out, row_slot, row_here, z, e, inside, z, z, 1, MEANS, ONLINE)
-            row_out += (2 + MEANS) * row_slot
-        if COLS:
-            inside = col_others(col_labels, rows, cols, row_here, col_here)
-            _reduce(col_out, col_slot, col_here, z, e, inside, z, z, 0, MEANS, ONLINE)
-            col_out += (2 + MEANS) * col_slot
-    if SOFT_ROWS or SOFT_COLS:
-        r = tl.load(teacher_scale).to(tl.float32)
-        t = r * tile_product(
-            teacher_query,
-            teacher_key,
+    # a repetition has fewer programs than tiles; in any other launch this is no loop at all
+    remaining = num_tiles - tl.program_id(0)
+    for turn in (range if ONLINE else tl.static_range)(
+        tl.cdiv(remaining, tl.num_programs(0)) if ONLINE else 1
+    ):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        row_tile, col_tile = tile_numbers(
+            tile, end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP
+        )
+        row0, col0 = first_row + row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
+        s = tl.load(scale).to(tl.float32)
+        z = s * tile_product(
+            query,
+            key,
             row0,
             col0,
             end_row,
             num_cols,
-            TEACHER_WIDTH,
+            WIDTH,
             BLOCK_ROWS,
             BLOCK_COLS,
             BLOCK_K,
-            TEACHER_PRECISION,
+            PRECISION,
             TMA,
         )
-        q = shifted_exp(t, fixed_shift(r))
-        # looked up again: masks that live through a product would take up registers
-        if SOFT_ROWS:
-            inside = row_others(labels, rows, cols, row_here, col_here)
-            _reduce(row_out, row_slot, row_here, t, q, inside, t - z, t, 1, 2, ONLINE)
-        if SOFT_COLS:
-            inside = col_others(col_labels, rows, cols, row_here, col_here)
-            _reduce(col_out, col_slot, col_here, t, q, inside, t - z, t, 0, 2, ONLINE)
+        rows = row0 + tl.arange(0, BLOCK_ROWS)
+        cols = col0 + tl.arange(0, BLOCK_COLS)
+        row_here, col_here = rows < end_row, cols < num_cols
+        row_out = row_parts + col_tile.to(tl.int64) * row_stride + rows - first_row
+        col_out = col_parts + row_tile.to(tl.int64) * col_stride + cols
+        if ROWS or COLS:
+            e = shifted_exp(z, fixed_shift(s))
+            if ROWS:
+                inside = row_others(labels, rows, cols, row_here, col_here)
+                _reduce(row_out, row_slot, row_here, z, e, inside, z, z, 1, MEANS, ONLINE)
+                row_out += (2 + MEANS) * row_slot
+            if COLS:
+                inside = col_others(col_labels, rows, cols, row_here, col_here)
+                _reduce(col_out, col_slot, col_here, z, e, inside, z, z, 0, MEANS, ONLINE)
+                col_out += (2 + MEANS) * col_slot
+        if SOFT_ROWS or SOFT_COLS:
+            r = tl.load(teacher_scale).to(tl.float32)
+            t = r * tile_product(
+                teacher_query,
+                teacher_key,
+                row0,
+                col0,
+                end_row,
+                num_cols,
+                TEACHER_WIDTH,
+                BLOCK_ROWS,
+                BLOCK_COLS,
+                BLOCK_K,
+                TEACHER_PRECISION,
+                TMA,
+            )
+            q = shifted_exp(t, fixed_shift(r))
+            # looked up again: masks that live through a product would take up registers
+            if SOFT_ROWS:
+                inside = row_others(labels, rows, cols, row_here, col_here)
+                _reduce(row_out, row_slot, row_here, t, q, inside, t - z, t, 1, 2, ONLINE)
+            if SOFT_COLS:
+                inside = col_others(col_labels, rows, cols, row_here, col_here)
+                _reduce(col_out, col_slot, col_here, t, q, inside, t - z, t, 0, 2, ONLINE)
 
 
 @triton.jit

@@ -18,7 +18,15 @@ import torch
 import triton
 from torch import Tensor
 
-from kdengine_kernels.common import Matrix, add_product, has_tma, multiply, strip_height
+from kdengine_kernels.common import (
+    Matrix,
+    add_product,
+    has_tma,
+    multiply,
+    new_strip,
+    num_programs,
+    strip_height,
+)
 from kdengine_kernels.similarity_gradient import (
     _coefficients_kernel,
     _gradient_kernel,
@@ -103,8 +111,8 @@ def gradients(
     num_rows, num_cols = len(left), len(right)
     two_phase = two_phase and len(teachers) > 0
     height = strip_height(left, num_cols, left.itemsize + 4 * two_phase, budget)
-    g = left.new_empty(height, num_cols)
-    targets = left.new_empty(height, num_cols, dtype=torch.float32) if two_phase else None
+    g = new_strip(left, height, num_cols)
+    targets = new_strip(left, height, num_cols, torch.float32) if two_phase else None
     flag = torch.zeros(1, dtype=torch.int32, device=left.device)
     for pull in (student, *teachers):
         _fill_coefficients(pull, flag)
@@ -190,7 +198,8 @@ def _write(
         num_tiles = triton.cdiv(strip.end - strip.first, blocks.rows) * triton.cdiv(
             len(right), blocks.cols
         )
-        _gradient_kernel[(num_tiles,)](
+        grid = (num_programs(num_tiles, left.device, is_rare=exact),)
+        _gradient_kernel[grid](
             *first.matrix.operands(blocks),
             *second.matrix.operands(blocks),
             *_vectors(first.rows, strip.flag),
@@ -204,6 +213,8 @@ def _write(
             strip.first,
             strip.end,
             len(right),
+            num_tiles,
+            out.stride(0),
             WIDTH=left.shape[1],
             TEACHER_WIDTH=second.matrix.left.shape[1],
             ROWS=student is not None and student.rows is not None,
@@ -287,7 +298,7 @@ def _fix(
         len(other_labels),
         strip.first,
         strip.end,
-        out.shape[1],
+        out.stride(0),
         OF_ROWS=of_rows,
         OTHER=other is not None,
         NUM_TEACHERS=num_teachers,

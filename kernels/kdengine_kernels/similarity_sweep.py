@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdengine_kernels.common import Matrix, has_tma
+from kdengine_kernels.common import Matrix, has_tma, num_programs
 from kdengine_kernels.similarity_statistics import (
     _combine_kernel,
     _positive_kernel,
@@ -141,7 +141,8 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
     """Partial sums of the tiles of rows first..end."""
     student, teacher, rows, cols, blocks = run[:5]
     second = teacher or student
-    _statistics_kernel[(num_tiles,)](
+    grid = (num_programs(num_tiles, student.left.device, is_rare=online),)
+    _statistics_kernel[grid](
         *student.operands(blocks),
         *second.operands(blocks),
         rows.labels,
@@ -152,6 +153,7 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
         first,
         end,
         len(student.right),
+        num_tiles,
         run.row_parts.stride(1),
         run.row_parts.stride(0),
         run.col_parts.stride(1),

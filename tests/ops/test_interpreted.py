@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kdengine import losses, reference
 from kdengine.ops import _backend, similarity
+from kdengine_kernels import common, tuning
 from kdengine_kernels import similarity as kernels
-from kdengine_kernels import tuning
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; tests/gpu runs them on a GPU", allow_module_level=True)
@@ -153,6 +153,25 @@ def test_ugly_features(make: Any, dtype: torch.dtype) -> None:
     assert_accurate(p, dtype, least=p["scale"] / len(p["query"]) ** 0.5)
 
 
+@pytest.mark.parametrize("num_cols", [1, 63, 64, 65])
+def test_rows_of_a_strip_are_aligned(num_cols: int) -> None:
+    for dtype in (torch.float16, torch.float32):
+        strip = common.new_strip(torch.empty(1, 8, dtype=dtype), 5, num_cols)
+        assert strip.shape == (5, num_cols) and strip.dtype == dtype
+        assert strip.stride(0) * strip.itemsize % 16 == 0 and strip.stride(0) < num_cols + 16
+
+
+def test_few_programs_repeat_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a flag is up, each program of the repetition loops over its tiles."""
+    monkeypatch.setattr(common, "num_processors", lambda _: 1)
+    cpu = torch.device("cpu")
+    assert [common.num_programs(9, cpu, is_rare=rare) for rare in (False, True)] == [9, 2]
+    p = negated_towers()
+    # at least 2 x 3 tiles of 64 x 64
+    p |= {name: p[name].repeat(2, 1)[:170] for name in p if name.endswith(("query", "key"))}
+    assert_accurate(p, torch.float32, least=p["scale"] / 170**0.5)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_student_that_equals_its_teacher_has_nothing_to_learn(dtype: torch.dtype) -> None:
     p = rounded(problem(96, 96, 32, 32, 14.0), dtype)
@@ -271,6 +290,8 @@ def test_rows_against_constant_keys_take_one_sweep(
         p[name] = p[name].to(dtype)
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", budget)
     monkeypatch.setattr(kernels, "backward", None)
+    # so that a repetition has fewer programs than tiles
+    monkeypatch.setattr(common, "num_processors", lambda _: 1)
     ours = statistics_of_rows(p, ("query", "scale"), backend="triton")
     double = {k: v.double() if v.is_floating_point() else v for k, v in p.items()}
     truth = statistics_of_rows(double, ("query", "scale"), backend="torch")
