@@ -28,7 +28,7 @@ MODULES = {
 }
 # bytes of the strips, partial sums and kept logits of one call: on a CPU what its cache holds, on a
 # GPU enough to fill it
-WORKSPACE = {"cpu": 32 << 20, "cuda": 640 << 20}
+WORKSPACE = {"cpu": 32 << 20, "cuda": 640 << 20, "low_memory": False}
 logger = logging.getLogger("kdengine")
 
 
@@ -59,12 +59,16 @@ def name_of(requested: str) -> str:
     return "torch" if requested == "auto" else requested
 
 
-def set_workspace(num_bytes: int) -> None:
+def set_workspace(num_bytes: int, *, low_memory: bool = False) -> None:
     """Bound the workspace of the ops from now on, in this process, on every device.
 
-    Results, saved statistics and the float32 sum of the keys' gradient come on top, and a strip has
-    at least 128 rows on a GPU, 16 on a CPU. Less workspace costs time: strips become too low to
-    fill a GPU. Default: 640 MiB on a GPU, 32 MiB on a CPU.
+    It holds everything of ``similarity`` but results and saved statistics; a strip has at least 128
+    rows by Triton, 16 on torch. Less workspace costs time: strips become too low to fill a GPU.
+    Default: 640 MiB on a GPU, 32 MiB on a CPU.
+
+    The float32 sum of the keys' gradient, 4 M D bytes, comes on top for low precision keys, unless
+    ``low_memory``: then one that exceeds a quarter of the workspace is made in blocks of columns,
+    for one product more a matrix (InfoNCE 5 U instead of 4, with CRD 8 instead of 6).
 
     Raises: ValueError for less than 1 MiB.
     """
@@ -72,12 +76,17 @@ def set_workspace(num_bytes: int) -> None:
         raise ValueError(
             f"set_workspace: expected at least 1 MiB (1048576 bytes); {num_bytes} came"
         )
-    WORKSPACE.update(dict.fromkeys(WORKSPACE, num_bytes))
+    WORKSPACE.update(cpu=num_bytes, cuda=num_bytes, low_memory=low_memory)
 
 
 def workspace(x: Tensor) -> int:
     """Bytes that an op may use beside inputs and results, on the device of ``x``."""
     return WORKSPACE["cuda" if x.is_cuda else "cpu"]
+
+
+def sum_bytes(x: Tensor) -> int | None:
+    """Bytes of the workspace for a float32 sum of low precision gradients; None without a limit."""
+    return workspace(x) // 4 if WORKSPACE["low_memory"] else None
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ def backward(
     Returns: G r, dA y, G^T u, dA^T x.
     """
     rows, cols = pulls
-    logits = Product(query, key, scale, rows.dtype)
     x, y, u, r = (v.to(rows.dtype) for v in (query, key, left, right))
+    logits = Product(x, y, scale, rows.dtype, budget)
     wide_left, wide_right = torch.cat([u, x], 1), torch.cat([y, r], 1)
     strips, z = cut(logits, budget)
     h, p = torch.empty_like(z), torch.empty_like(z)

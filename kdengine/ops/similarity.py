@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdengine.ops import _backend
+from kdengine.ops import _backend, similarity_blocks
 
 # Logits that fill at most this part of the workspace are kept from the forward to the backward, and
 # strips get the rest. On a CPU that is 2048 x 2048 in float32, where it saves a quarter of the time
@@ -76,8 +76,7 @@ def similarity(
     Returns: ``Statistics`` in nats, float64 if any feature is, else float32. ``mean`` holds
     numbers only with ``means=True``, the teachers' fields only on soft sides.
     Gradients: query, key and scale, in their dtypes; no second derivatives.
-    Memory: O(B + M) results, a bounded workspace (``set_workspace``); on the ``torch`` backend also
-    float32 copies of low precision inputs.
+    Memory: O(B + M) results and a bounded workspace, see ``set_workspace``.
     Raises: RuntimeError for a backend that cannot run, and under ``create_graph=True``.
     """
     _backend.check_name("similarity", backend)
@@ -238,7 +237,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _backend.choose("similarity", [query, key, *teacher_query, *teacher_key], backend)
     with _backend.running(query):
-        return module.backward(
+        return similarity_blocks.backward(
+            module,
             grads,
             query,
             key,
@@ -254,6 +254,7 @@ def _backward(
             need_key,
             need_scale,
             _backend.workspace(query),
+            _backend.sum_bytes(query),
         )
 
 

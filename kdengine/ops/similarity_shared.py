@@ -100,7 +100,7 @@ def forward(
 
 def constant(source: "Product") -> float:
     """C: as near to 0 as overflow allows, because an exponent's rounding error grows with it."""
-    return max(source.scale.item() - HEADROOM[source.left.dtype], 0.0)
+    return max(source.scale.item() - HEADROOM[source.dtype], 0.0)
 
 
 def exponentials(x: Tensor, shift: float, out: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ confident positives keep their relative accuracy. A label outside the matrix nam
 Legend: B rows, M columns, C rows of a strip, K teachers; D and E widths.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,10 @@ from torch import Tensor
 from kdengine.ops import similarity_shared
 from kdengine.ops._backend import statistics_dtype
 
-# strips in the workspace at a time
+# strips in the workspace at a time; one more in a forward with teachers that takes the general way
 NUM_BUFFERS = 4
+# of the workspace, for pieces of low precision features in full precision
+PIECE_SHARE = 8
 # tall enough for fast products and few calls, not taller
 MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, {"cpu": 512, "cuda": 8192}
 
@@ -111,25 +112,53 @@ class Side:
 
 
 class Product:
-    """Strips of ``scale * left @ right.T``, in full precision."""
+    """Strips of ``scale * left @ right.T``, in full precision.
 
-    def __init__(self, left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        self.left = left.to(dtype)
-        self.right = right.to(dtype)
-        self.scale = scale.to(dtype)
+    Low precision features are converted in pieces of ``piece_bytes``, each time a strip needs them:
+    a conversion is little beside the product. Where there is only one piece it stays.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, piece_bytes: int
+    ) -> None:
+        self.left, self.dtype, self.scale = left, dtype, scale.to(dtype)
+        self.is_low = right.dtype != dtype
+        num_cols, height = len(right), len(right)
+        if self.is_low:
+            height = max(MIN_STRIP_ROWS, piece_bytes // (right.shape[1] * dtype.itemsize))
+        self.parts = [slice(i, min(i + height, num_cols)) for i in range(0, num_cols, height)]
+        self.right = right.to(dtype) if len(self.parts) == 1 else right
         # the whole matrix, if it is small enough to be kept from the forward to the backward
         self.kept: Tensor | None = None
         self.is_known = False
 
-    @functools.cached_property
-    def scaled(self) -> Tensor:
-        """The left features, scaled once here instead of once a logit."""
-        return self.left * self.scale
+    def scaled(self, rows: slice) -> Tensor:
+        """Some left features, scaled here instead of once a logit."""
+        return self.left[rows].to(self.dtype) * self.scale
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """The right features in full precision."""
+        for part in self.parts:
+            yield part, self.right[part].to(self.dtype)
 
     def strip(self, rows: slice, out: Tensor) -> Tensor:
         """The logits of some rows: in ``out``, or where they are kept."""
         place = out[: rows.stop - rows.start] if self.kept is None else self.kept[rows]
-        return place if self.is_known else torch.mm(self.scaled[rows], self.right.mT, out=place)
+        if not self.is_known:
+            scaled = self.scaled(rows)
+            for part, right in self.pieces():
+                torch.mm(scaled, right.mT, out=place[:, part])
+        return place
+
+    def pull(self, weights: Tensor) -> Tensor:
+        """``weights @ right``."""
+        total = weights.new_empty(len(weights), self.right.shape[1])
+        for part, right in self.pieces():
+            if part.start:
+                total.addmm_(weights[:, part], right)
+            else:
+                torch.mm(weights[:, part], right, out=total)
+        return total
 
 
 def products(
@@ -139,21 +168,28 @@ def products(
     teacher_query: Sequence[Tensor],
     teacher_key: Sequence[Tensor],
     teacher_scale: Tensor,
+    budget: int,
 ) -> list[Product]:
     """The student's product, then those of the teachers."""
     dtype = statistics_dtype(query, key, *teacher_query, *teacher_key)
-    teachers = zip(teacher_query, teacher_key, teacher_scale, strict=True)
-    return [Product(query, key, scale, dtype), *(Product(u, v, r, dtype) for u, v, r in teachers)]
+    every = [(query, key, scale), *zip(teacher_query, teacher_key, teacher_scale, strict=True)]
+    return [Product(*matrix, dtype, budget // PIECE_SHARE // len(every)) for matrix in every]
 
 
-def cut(student: Product, budget: int) -> tuple[list[slice], Tensor]:
-    """Strips of which NUM_BUFFERS fit the budget, and a buffer that holds the tallest."""
+def cut(
+    student: Product, budget: int, num_buffers: int = NUM_BUFFERS
+) -> tuple[list[slice], Tensor]:
+    """Strips of which ``num_buffers`` fit the budget, and a buffer that holds the tallest."""
     num_rows, num_cols = len(student.left), len(student.right)
+    width, itemsize = student.left.shape[1], student.dtype.itemsize
     kind = "cuda" if student.left.is_cuda else "cpu"
-    height = budget // NUM_BUFFERS // (num_cols * student.left.itemsize)
+    if student.is_low:
+        budget -= budget // PIECE_SHARE
+    # with a few strips of features
+    height = budget // (itemsize * (num_buffers * num_cols + 3 * width))
     height = min(max(MIN_STRIP_ROWS, min(height, MAX_STRIP_ROWS[kind])), num_rows)
     strips = [slice(i, min(i + height, num_rows)) for i in range(0, num_rows, height)]
-    return strips, student.left.new_empty(height, num_cols)
+    return strips, student.left.new_empty(height, num_cols, dtype=student.dtype)
 
 
 def forward(
@@ -175,22 +211,25 @@ def forward(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of rows, columns and teachers; see ``kdengine.ops.similarity``."""
-    sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    features = (query, key, scale, teacher_query, teacher_key, teacher_scale)
+    sources = products(*features, budget)
     sources = sources if soft_rows or soft_cols else sources[:1]
     student, *teachers = sources
-    all_logits = student.left.new_empty(len(sources) if keep else 0, len(query), len(key))
+    shape = (len(sources) if keep else 0, len(query), len(key))
+    all_logits = query.new_empty(shape, dtype=student.dtype)
     for source, kept in zip(sources, all_logits, strict=False):
         source.kept = kept
     row_side, col_side = Side(1, labels), Side(0, col_labels)
     hard = [row_side] * on_rows + [col_side] * on_cols
     soft = [row_side] * soft_rows + [col_side] * soft_cols
-    strips, z = cut(student, budget - all_logits.nbytes)
+    budget -= all_logits.nbytes
     both = on_rows and on_cols and soft_rows == soft_cols and not means
-    if both and not z.is_cuda and min(len(labels), len(col_labels)) > 1:
+    if both and not query.is_cuda and min(len(labels), len(col_labels)) > 1:
         if similarity_shared.are_pairs(labels, col_labels):
-            found = similarity_shared.forward(sources, strips, z, labels)
+            found = similarity_shared.forward(sources, *cut(student, budget), labels)
             if found is not None:
-                return (*found, z.new_empty(0, key.shape[1]), all_logits)
+                return (*found, found[0].new_empty(0, key.shape[1]), all_logits)
+    strips, z = cut(student, budget, NUM_BUFFERS + bool(teachers))
     work = torch.empty_like(z)
     temp = torch.empty_like(z) if means or soft else z
     t, gap = (torch.empty_like(z), torch.empty_like(z)) if teachers else (z, z)
@@ -205,8 +244,7 @@ def forward(
             side.add(0, sums)
         if attend:
             # the rows are the only side, so ``work`` holds their exponentials
-            torch.mm(work[here], student.right, out=attended[rows])
-            attended[rows] /= sums.total.clamp(min=1)
+            attended[rows] = student.pull(work[here]).div_(sums.total.clamp(min=1))
         for k, teacher in enumerate(teachers, start=1):
             targets = teacher.strip(rows, t)
             weigh = [torch.sub(targets, logits, out=gap[here]), targets]
@@ -255,16 +293,16 @@ def backward(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and scale; one that is not needed is empty."""
-    sources = products(query, key, scale, teacher_query, teacher_key, teacher_scale)
+    features = (query, key, scale, teacher_query, teacher_key, teacher_scale)
+    sources = products(*features, budget)
     student = sources[0]
     for source, kept in zip(sources, logits, strict=False):
         source.kept, source.is_known = kept, True
     row_side, col_side = Side(1, labels), Side(0, col_labels)
     row_pulls = pulls(row_side, statistics[0], grads[0], statistics[2], grads[2])
     col_pulls = pulls(col_side, statistics[1], grads[1], statistics[3], grads[3])
-    need_left = need_query or need_scale
-    left = torch.empty_like(student.left if need_left else student.left[:0])
-    right = torch.zeros_like(student.right if need_key else student.right[:0])
+    left = torch.empty_like(query if need_query else query.new_empty(0))
+    right = torch.zeros_like(key if need_key else key.new_empty(0), dtype=student.dtype)
     strips, z = cut(student, budget - logits.nbytes)
     g, work = torch.empty_like(z), torch.empty_like(z)
     both = all(s.shape[-1] for s in statistics[:2]) and len(statistics[2]) == len(statistics[3])
@@ -273,7 +311,7 @@ def backward(
         sources = sources[: 1 + len(statistics[2])]
         if not z.is_cuda and similarity_shared.are_pairs(labels, col_labels):
             factors = similarity_shared.factors(sources, statistics, grads)
-    grad_scale = left.new_zeros(() if need_scale else (0,))
+    grad_scale = z.new_zeros(() if need_scale else (0,))
     for strip in strips:
         here = slice(strip.stop - strip.start)
         if factors is not None:
@@ -282,15 +320,17 @@ def backward(
             )
         else:
             residual = add_pulls(sources, (*row_pulls, *col_pulls), strip, z, g[here], work[here])
-        if need_left:
-            torch.mm(residual, student.right, out=left[strip])
-        if need_scale:
-            # with z = scale * cosine it is the radial part of the features' gradient
-            grad_scale += (left[strip] * student.left[strip]).sum()
+        if need_query or need_scale:
+            pulled = student.pull(residual)
+            if need_scale:
+                # with z = scale * cosine it is the radial part of the features' gradient
+                grad_scale += (pulled * query[strip]).sum()
+            if need_query:
+                left[strip] = pulled.mul_(student.scale)
         if need_key:
-            right.addmm_(residual.mT, student.scaled[strip])
+            right.addmm_(residual.mT, student.scaled(strip))
     return (
-        left.mul_(scale).to(query.dtype) if need_query else query.new_empty(0),
+        left,
         right.to(key.dtype) if need_key else key.new_empty(0),
         grad_scale.to(scale.dtype),
     )

@@ -171,9 +171,13 @@ def num_programs(num_tiles: int, device: torch.device, *, is_rare: bool) -> int:
 
 
 def strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
-    """Rows of a strip: its product with the keys fills the processors, within the budget."""
+    """Rows of a strip: its product with the keys fills the processors, within the budget.
+
+    A row takes ``itemsize`` bytes a column, and 8 for each of its features.
+    """
     full = 128 * max(1, num_processors(left.device) // triton.cdiv(left.shape[1], 256))
-    allowed = max(128, budget // (itemsize * num_cols) // 128 * 128)
+    row_bytes = itemsize * triton.cdiv(num_cols, 16) * 16 + 8 * left.shape[1]
+    allowed = max(128, budget // row_bytes // 128 * 128)
     return min(full, allowed, triton.cdiv(len(left), 128) * 128)
 
 

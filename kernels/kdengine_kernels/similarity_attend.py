@@ -133,8 +133,9 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
     left, right, scale = matrix
     num_rows, num_cols = len(left), len(right)
     blocks = config("attend", left.itemsize)
-    height = strip_height(left, num_cols, left.itemsize, budget)
     num_col_tiles = triton.cdiv(num_cols, blocks.cols)
+    # a tenth is enough for five partial sums a row and tile of columns
+    height = strip_height(left, num_cols, left.itemsize, budget * 9 // 10)
     strip = new_strip(left, height, num_cols)
     parts = left.new_empty(3, num_col_tiles, height, dtype=torch.float32)
     found = left.new_empty(3, num_rows, dtype=torch.float32)

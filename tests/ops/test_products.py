@@ -13,7 +13,7 @@ from torch import Tensor
 from kdengine import losses
 from kdengine.methods import ClipKD
 from kdengine.models import Features
-from kdengine.ops import _backend
+from kdengine.ops import _backend, similarity_blocks
 from kdengine_kernels import similarity_attend, similarity_strips, similarity_sweep
 
 SIZE, WIDTH = 256, 32
@@ -81,7 +81,14 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("loss", "expected"), [("InfoNCE", 4), ("InfoNCE + CRD", 6), ("rows, constant keys", 2)]
+    ("loss", "expected"),
+    [
+        ("InfoNCE", 4),
+        ("InfoNCE + CRD", 6),
+        ("rows, constant keys", 2),
+        ("rows", 4),
+        ("rows of a teacher", 6),
+    ],
 )
 def test_products_of_a_loss(
     counter: Any, large: None, backend: str, loss: str, expected: int
@@ -90,22 +97,45 @@ def test_products_of_a_loss(
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"), [("InfoNCE", 3), ("InfoNCE + CRD", 4), ("rows, constant keys", 2)]
+    ("loss", "expected"),
+    [
+        ("InfoNCE", 3),
+        ("InfoNCE + CRD", 4),
+        ("rows, constant keys", 2),
+        ("rows", 3),
+        ("rows of a teacher", 4),
+    ],
 )
 def test_small_matrices_are_made_once(counter: Any, loss: str, expected: int) -> None:
     assert count(counter, "torch", loss) == pytest.approx(expected)
 
 
-def count(counter: Any, backend: str, loss: str) -> float:
+@pytest.mark.parametrize(
+    ("backend", "loss", "expected"),
+    [
+        ("torch", "InfoNCE", 5),
+        ("torch", "InfoNCE + CRD", 8),
+        pytest.param("triton", "InfoNCE + CRD", 8, marks=interpreted),
+    ],
+)
+def test_low_memory_makes_each_matrix_once_more(
+    counter: Any, backend: str, loss: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # blocks of half of the columns, which the tiles with a teacher divide
+    monkeypatch.setattr(similarity_blocks, "ROUND", 128)
+    monkeypatch.setattr(_backend, "WORKSPACE", {"cpu": 64 << 10, "low_memory": True})
+    assert count(counter, backend, loss, torch.float16) == pytest.approx(expected)
+
+
+def count(counter: Any, backend: str, loss: str, dtype: torch.dtype = torch.float32) -> float:
     """The products of a loss and its gradients."""
-    x, y = unit(0).requires_grad_(), unit(1)
-    options: dict[str, Any] = {"hard_cols": 0.0}
+    x, y = unit(0).to(dtype).requires_grad_(), unit(1).to(dtype)
+    options: dict[str, Any] = {"hard_cols": 0.0} if loss.startswith("rows") else {}
     if loss != "rows, constant keys":
         y.requires_grad_()
-        options = {}
-    if loss == "InfoNCE + CRD":
+    if loss in ("InfoNCE + CRD", "rows of a teacher"):
         options |= {"teacher_query": unit(2), "teacher_key": unit(3), "teacher_scale": 20.0}
-        options |= {"soft_rows": 0.5, "soft_cols": 0.5}
+        options |= {"soft_rows": 0.5, "soft_cols": options.get("hard_cols", 0.5)}
     losses.similarity_loss(x, y, 10.0, backend=backend, **options).backward()
     return counter()
 

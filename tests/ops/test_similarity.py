@@ -259,7 +259,7 @@ def test_no_tensor_has_the_size_of_the_matrix() -> None:
     rows, width = 512, 16
     x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
-    budget = similarity_torch.NUM_BUFFERS * rows * 32 * 4
+    budget = 4 * 32 * (similarity_torch.NUM_BUFFERS * rows + 3 * width)
     with Largest() as largest:
         flags = [True] * 5 + [False] * 2
         *stats, _, logits = similarity_torch.forward(*args, *flags, budget)
@@ -332,8 +332,8 @@ def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "WORKSPACE", dict(_backend.WORKSPACE))
     real, sizes = similarity_torch.cut, []
 
-    def seen(student: similarity_torch.Product, budget: int) -> tuple:
-        strips, buffer = real(student, budget)
+    def seen(student: similarity_torch.Product, *args: int) -> tuple:
+        strips, buffer = real(student, *args)
         sizes.append(buffer.numel() * buffer.itemsize)
         return strips, buffer
 
@@ -344,8 +344,9 @@ def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
         set_workspace(num_bytes)
         rows, _ = similarity(x, x, scale, labels, labels, cols=False)
         rows.others.sum().backward()
-    # forward and backward
-    assert sizes == [1 << 18, 1 << 18, 1 << 20, 1 << 20]
+    # a quarter, forward and backward
+    quarters = [1 << 18, 1 << 18, 1 << 20, 1 << 20]
+    assert all(0.95 * x < size <= x for x, size in zip(quarters, sizes, strict=True))
     with pytest.raises(ValueError, match="at least 1 MiB"):
         set_workspace(1000)
 
@@ -353,7 +354,7 @@ def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strips_are_bounded_for_wide_matrices() -> None:
     x, y = torch.ones(100, 1), torch.ones(1_000_000, 1)
     strips, buffer = similarity_torch.cut(
-        similarity_torch.Product(x, y, torch.ones(()), torch.float32), 1 << 20
+        similarity_torch.Product(x, y, torch.ones(()), torch.float32, 1), 1 << 20
     )
     assert buffer.shape == (similarity_torch.MIN_STRIP_ROWS, 1_000_000)
     assert [s.stop - s.start for s in strips] == [16] * 6 + [4]
