@@ -151,13 +151,13 @@ def backward(
     height = strip.stop - strip.start
     g, work = (buffer[:height] for buffer in buffers)
     for k, (source, factor) in enumerate(zip(sources, factors, strict=True)):
-        # where logits are kept they must not be overwritten
-        e = exponentials(source.strip(strip, z), factor.constant, z[:height])
+        # in a buffer of their own: kept logits must not be overwritten
+        e = exponentials(source.strip(strip, z), factor.constant, z[:height] if k else g)
         torch.add(factor.of_rows[strip, None], factor.of_cols, out=work)
         if k:
             g.addcmul_(e, work)
         else:
-            torch.mul(e, work, out=g)
+            g.mul_(work)
     inside = (labels[strip] >= 0) & (labels[strip] < z.shape[1])
     places = labels[strip].clamp(0, z.shape[1] - 1)
     wanted = grads[0][1, strip] + grads[1][1, places]

@@ -132,10 +132,6 @@ class Product:
         self.kept: Tensor | None = None
         self.is_known = False
 
-    def scaled(self, rows: slice) -> Tensor:
-        """Some left features, scaled here instead of once a logit."""
-        return self.left[rows].to(self.dtype) * self.scale
-
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """The right features in full precision."""
         for part in self.parts:
@@ -145,20 +141,20 @@ class Product:
         """The logits of some rows: in ``out``, or where they are kept."""
         place = out[: rows.stop - rows.start] if self.kept is None else self.kept[rows]
         if not self.is_known:
-            scaled = self.scaled(rows)
+            # scaled here instead of once a logit
+            scaled = self.left[rows].to(self.dtype) * self.scale
             for part, right in self.pieces():
                 torch.mm(scaled, right.mT, out=place[:, part])
         return place
 
-    def pull(self, weights: Tensor) -> Tensor:
+    def pull(self, weights: Tensor, out: Tensor) -> Tensor:
         """``weights @ right``."""
-        total = weights.new_empty(len(weights), self.right.shape[1])
         for part, right in self.pieces():
             if part.start:
-                total.addmm_(weights[:, part], right)
+                out.addmm_(weights[:, part], right)
             else:
-                torch.mm(weights[:, part], right, out=total)
-        return total
+                torch.mm(weights[:, part], right, out=out)
+        return out
 
 
 def products(
@@ -244,7 +240,7 @@ def forward(
             side.add(0, sums)
         if attend:
             # the rows are the only side, so ``work`` holds their exponentials
-            attended[rows] = student.pull(work[here]).div_(sums.total.clamp(min=1))
+            student.pull(work[here], attended[rows]).div_(sums.total.clamp(min=1))
         for k, teacher in enumerate(teachers, start=1):
             targets = teacher.strip(rows, t)
             weigh = [torch.sub(targets, logits, out=gap[here]), targets]
@@ -302,7 +298,7 @@ def backward(
     row_pulls = pulls(row_side, statistics[0], grads[0], statistics[2], grads[2])
     col_pulls = pulls(col_side, statistics[1], grads[1], statistics[3], grads[3])
     left = torch.empty_like(query if need_query else query.new_empty(0))
-    right = torch.zeros_like(key if need_key else key.new_empty(0), dtype=student.dtype)
+    right = torch.empty_like(key if need_key else key.new_empty(0), dtype=student.dtype)
     strips, z = cut(student, budget - logits.nbytes)
     g, work = torch.empty_like(z), torch.empty_like(z)
     both = all(s.shape[-1] for s in statistics[:2]) and len(statistics[2]) == len(statistics[3])
@@ -320,15 +316,21 @@ def backward(
             )
         else:
             residual = add_pulls(sources, (*row_pulls, *col_pulls), strip, z, g[here], work[here])
+        own = query[strip].to(z.dtype)
         if need_query or need_scale:
-            pulled = student.pull(residual)
+            in_place = need_query and left.dtype == z.dtype
+            pulled = student.pull(residual, left[strip] if in_place else torch.empty_like(own))
             if need_scale:
                 # with z = scale * cosine it is the radial part of the features' gradient
-                grad_scale += (pulled * query[strip]).sum()
-            if need_query:
-                left[strip] = pulled.mul_(student.scale)
-        if need_key:
-            right.addmm_(residual.mT, student.scaled(strip))
+                grad_scale += (pulled * own).sum()
+            pulled.mul_(student.scale)
+            if need_query and not in_place:
+                left[strip] = pulled
+        if need_key and strip.start:
+            right.addmm_(residual.mT, own)
+        elif need_key:
+            torch.mm(residual.mT, own, out=right)
+    right.mul_(student.scale)
     return (
         left,
         right.to(key.dtype) if need_key else key.new_empty(0),
