@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import losses, reference
-from kdengine.ops import similarity_torch
+from kdengine.ops import similarity_product
 
 DOUBLE = torch.float64
 TERMS = ("hard_rows", "hard_cols", "soft_rows", "soft_cols")
@@ -71,9 +71,9 @@ def test_terms_switched_off_are_zero_and_the_others_unchanged(on: int) -> None:
 
 def test_hard_terms_alone_skip_the_teachers_product(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    strip = similarity_torch.Product.strip
+    strip = similarity_product.Product.strip
     monkeypatch.setattr(
-        similarity_torch.Product, "strip", lambda *args: counted.append(1) or strip(*args)
+        similarity_product.Product, "strip", lambda *args: counted.append(1) or strip(*args)
     )
     options = teacher(6, 6)
     query = unit(6, 5).requires_grad_()

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from kdengine.ops.similarity_torch import Product, cut
+from kdengine.ops.similarity_product import Product, cut
 
 
 def backward(

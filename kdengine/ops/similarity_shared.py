@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdengine.ops.similarity_torch import Product
+    from kdengine.ops.similarity_product import Product
 
 # H, in nats
 HEADROOM = {torch.float32: 60.0, torch.float64: 500.0}

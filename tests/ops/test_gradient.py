@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import losses, reference
-from kdengine.ops import _backend, gradient, gradient_torch, similarity_torch
+from kdengine.ops import _backend, gradient, gradient_torch, similarity_product
 from kdengine.ops.gradient import _backward, _forward
 
 # numpy's, where a discarded branch of a kernel overflows
@@ -76,7 +76,7 @@ def test_low_precision_is_close(
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
-    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 3)
+    monkeypatch.setattr(similarity_product, "MIN_STRIP_ROWS", 3)
     leaves = [unit(7, 4), unit(7, 4), torch.tensor(6.0, dtype=torch.float64)]
     assert torch.autograd.gradcheck(gradient, [v.requires_grad_() for v in leaves])
 
@@ -93,7 +93,7 @@ def test_opcheck() -> None:
 def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest allocation of the backward is a strip."""
     rows, width = 512, 16
-    budget = 4 * 32 * (similarity_torch.NUM_BUFFERS * rows + 3 * width)
+    budget = 4 * 32 * (similarity_product.NUM_BUFFERS * rows + 3 * width)
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", budget)
     sizes = []
     real = gradient_torch.cut

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdengine.ops import Statistics, _backend, set_workspace, similarity, similarity_torch
+from kdengine.ops import (
+    Statistics,
+    _backend,
+    set_workspace,
+    similarity,
+    similarity_product,
+    similarity_torch,
+)
 from kdengine.ops.similarity import _backward, _forward
 
 SHAPES = [
@@ -111,7 +118,7 @@ def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.M
     p = problem(63, 65, 37, 13)
     truth, true_gradients = with_gradients(run, p)
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
-    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", height)
+    monkeypatch.setattr(similarity_product, "MIN_STRIP_ROWS", height)
     ours, gradients = with_gradients(run, p)
     for x, true_x in zip([*ours, *gradients], [*truth, *true_gradients], strict=True):
         assert_near(x, true_x, 1e-12)
@@ -119,7 +126,7 @@ def test_height_of_the_strips_changes_nothing(height: int, monkeypatch: pytest.M
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
-    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 3)
+    monkeypatch.setattr(similarity_product, "MIN_STRIP_ROWS", 3)
     p = problem(5, 7, 4, 3)
 
     def learned(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -259,7 +266,7 @@ def test_no_tensor_has_the_size_of_the_matrix() -> None:
     rows, width = 512, 16
     x, y, labels = unit(rows, width).float(), unit(rows, width).float(), torch.arange(rows)
     args = (x, y, torch.tensor(10.0), labels, labels, [x], [y], torch.ones(1))
-    budget = 4 * 32 * (similarity_torch.NUM_BUFFERS * rows + 3 * width)
+    budget = 4 * 32 * (similarity_product.NUM_BUFFERS * rows + 3 * width)
     with Largest() as largest:
         flags = [True] * 5 + [False] * 2
         *stats, _, logits = similarity_torch.forward(*args, *flags, budget)
@@ -278,10 +285,10 @@ def test_logits_that_fit_are_kept_and_change_nothing(
         p |= {"labels": torch.arange(40), "col_labels": torch.arange(50)}
     p |= {name: p[name][:num_teachers] for name in p if name.startswith("teacher")}
     soft = num_teachers > 0
-    monkeypatch.setattr(similarity_torch, "MIN_STRIP_ROWS", 64)
-    counted, strip = [], similarity_torch.Product.strip
+    monkeypatch.setattr(similarity_product, "MIN_STRIP_ROWS", 64)
+    counted, strip = [], similarity_product.Product.strip
     monkeypatch.setattr(
-        similarity_torch.Product,
+        similarity_product.Product,
         "strip",
         lambda self, *args: counted.append(self.is_known) or strip(self, *args),
     )
@@ -330,9 +337,9 @@ def test_without_gradients_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -
 
 def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "WORKSPACE", dict(_backend.WORKSPACE))
-    real, sizes = similarity_torch.cut, []
+    real, sizes = similarity_product.cut, []
 
-    def seen(student: similarity_torch.Product, *args: int) -> tuple:
+    def seen(student: similarity_product.Product, *args: int) -> tuple:
         strips, buffer = real(student, *args)
         sizes.append(buffer.numel() * buffer.itemsize)
         return strips, buffer
@@ -353,10 +360,10 @@ def test_workspace_bounds_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strips_are_bounded_for_wide_matrices() -> None:
     x, y = torch.ones(100, 1), torch.ones(1_000_000, 1)
-    strips, buffer = similarity_torch.cut(
-        similarity_torch.Product(x, y, torch.ones(()), torch.float32, 1), 1 << 20
+    strips, buffer = similarity_product.cut(
+        similarity_product.Product(x, y, torch.ones(()), torch.float32, 1), 1 << 20
     )
-    assert buffer.shape == (similarity_torch.MIN_STRIP_ROWS, 1_000_000)
+    assert buffer.shape == (similarity_product.MIN_STRIP_ROWS, 1_000_000)
     assert [s.stop - s.start for s in strips] == [16] * 6 + [4]
 
 
