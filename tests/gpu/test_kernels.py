@@ -112,7 +112,8 @@ def test_peak_memory_is_the_workspace(
     extra = torch.cuda.max_memory_allocated() - before
     # gradients of both towers, the float32 sum of the keys', and 40 numbers a row and a column
     results = 2 * 2 * rows * width + (not low_memory) * 4 * rows * width + 40 * 4 * 2 * rows
-    assert extra <= num_bytes + results, extra / MIB
+    # the matrix library's own workspace comes from torch's allocator, too
+    assert extra <= num_bytes + results + 32 * MIB, extra / MIB
 
 
 def test_gradient_distillation_equals_the_oracle() -> None:
