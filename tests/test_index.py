@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the index makes of every hostile sample and archive, and of good ones."""
 
+import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,35 @@ def test_shard_listed_twice_is_read_twice(test_data: Path, tmp_path: Path) -> No
     assert index.stats.num_shards == 1
     once = [str(number) for number in range(12)]
     assert [name for _, name, _ in read_with_dali(index)] == once + once
+
+
+def test_shard_is_known_by_its_content(test_data: Path, tmp_path: Path) -> None:
+    source = test_data / "cocomini-by-000.tar"
+    copies = [tmp_path / folder / "any.tar" for folder in ("a", "b")]
+    for copy in copies:
+        copy.parent.mkdir()
+        shutil.copy(source, copy)
+    # another caption of the same length, at the same place
+    whole = copies[1].read_bytes()
+    caption = ensure_index(str(source), index_dir=str(tmp_path / "i")).texts(np.array([0]))[0][0]
+    assert whole.count(caption.encode()) > 0
+    copies[1].write_bytes(whole.replace(caption.encode(), caption.swapcase().encode()))
+    index = ensure_index([str(source), *map(str, copies)], index_dir=str(tmp_path / "i"))
+    same, also, other = (shard.content_digest() for shard in index.shards)
+    assert same == also != other
+    # an index that was written without it finds it out
+    old = dataclasses.replace(index.shards[0], content=None)
+    assert old.content_digest() == same
+
+
+def test_part_of_one_shard_counts_from_zero(test_data: Path, tmp_path: Path) -> None:
+    tars = [str(test_data / f"{name}-000.tar") for name in ("cocomini-by", "flickr8k-val")]
+    index = ensure_index(tars, index_dir=str(tmp_path))
+    shard = index.shards[1]
+    part = index.only(shard)
+    assert part.num_samples == shard.num_samples and part.shards[0].first == 0
+    numbers = np.arange(7)
+    assert part.texts(numbers) == index.texts(numbers + shard.first)
+    counts = index.num_captions(np.arange(index.num_samples))
+    starts = np.cumsum([0, *counts[shard.first :]])[:7]
+    assert index.first_captions(numbers + shard.first).tolist() == starts.tolist()

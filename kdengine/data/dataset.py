@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from kdengine.data.build import BuildStats, Place
-from kdengine.data.store import CAPTION_FIRST, KEY_START, LABEL, QUARANTINE, load_meta
+from kdengine.data.store import (
+    CAPTION_FIRST,
+    KEY_START,
+    LABEL,
+    QUARANTINE,
+    content_digest,
+    load_meta,
+)
 from kdengine.data.tokenize import parse_tokenizer_id
 
 
@@ -30,6 +36,7 @@ class ShardIndex:
         first: global number of the first of them; global number = first + number in the shard.
         folder: the index folder of the shard.
         generation: changes when the index is rebuilt.
+        content: see `content_digest`, where it is known.
     """
 
     tar: str
@@ -38,10 +45,12 @@ class ShardIndex:
     first: int
     folder: str
     generation: str
+    content: str | None = None
 
     def content_digest(self) -> str:
         """Equal for shards with the same good samples at the same places and equal captions."""
-        return _digest(self.folder, self.generation)
+        # an index that is older than the digest lacks it
+        return self.content or _computed_digest(self.folder, self.generation)
 
 
 class DatasetIndex:
@@ -267,6 +276,7 @@ def _shard_index(place: Place, meta: dict[str, Any], first: int) -> ShardIndex:
         first=first,
         folder=str(place.folder),
         generation=meta["generation"],
+        content=meta.get("content"),
     )
 
 
@@ -275,12 +285,8 @@ def _samples(shard: ShardIndex) -> np.ndarray:
 
 
 @functools.cache
-def _digest(folder: str, generation: str) -> str:
-    found = hashlib.sha256()
-    for name in ("images.idx", "samples.npy", "keys.bin", "captions.npy", "captions.bin"):
-        data = Path(folder, name).read_bytes()
-        found.update(f"{name} {len(data)}\n".encode() + data)
-    return found.hexdigest()
+def _computed_digest(folder: str, generation: str) -> str:
+    return content_digest(Path(folder))
 
 
 # a training batch comes from few shards at a time; the bound keeps the number of maps in check

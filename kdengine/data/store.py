@@ -133,6 +133,7 @@ def write_shard(
         "generation": uuid.uuid4().hex,
         "stamp": stamp,
         "num_samples": len(contents.good),
+        "content": content_digest(scratch),
         "num_quarantined": len(contents.bad),
         "num_captions": sum(len(sample.captions) for sample in contents.good),
         "causes": dict(Counter(sample.fault.cause for sample in contents.bad)),
@@ -152,6 +153,16 @@ def write_shard(
     else:
         scratch.rename(folder)
     return meta
+
+
+def content_digest(folder: Path) -> str:
+    """Equal for indexes of the same good samples at the same places with equal captions."""
+    found = hashlib.sha256()
+    for name in ("images.idx", "samples.npy", "keys.bin", "captions.npy", "captions.bin"):
+        if (folder / name).is_file():
+            data = (folder / name).read_bytes()
+            found.update(f"{name} {len(data)}\n".encode() + data)
+    return found.hexdigest()
 
 
 def _write_quarantine(scratch: Path, shard: str, contents: ShardContents) -> None:
