@@ -52,7 +52,9 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLine(Line):
-    """What 'kdengine cache' takes beside the options of a run."""
+    """Of a run's options these matter: data.*, distill.*, train.seed (of the crops), and
+    train.precision with distill.distill-precision (of the teachers).
+    """
 
     out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="(required)")]
     """Folder of the cache; one that is there is gone on with."""

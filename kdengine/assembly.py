@@ -13,7 +13,7 @@ from torch import nn
 from kdengine import models
 from kdengine.cache import CachedTeachers, Store, check_teachers
 from kdengine.config import RunConfig
-from kdengine.data import build_loader, build_synthetic_loader, ensure_index
+from kdengine.data import Replay, build_loader, build_synthetic_loader, ensure_index
 from kdengine.data.progress import counted
 from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import Student, TowerSpec
@@ -51,18 +51,25 @@ def build_student(config: RunConfig) -> Student:
     return student
 
 
-def build_teachers(config: RunConfig, ranks: Ranks, student: TowerSpec) -> Teachers | None:
+def build_teachers(
+    config: RunConfig, ranks: Ranks, student: TowerSpec, store: Store | None
+) -> Teachers | None:
     """The method's teachers, on this rank's device; None for a method without.
+
+    Args:
+        config: of the run.
+        ranks: for their device.
+        student: what it sees, teachers that want the same share.
+        store: the run's cache.
 
     Raises:
         ValueError: the method needs a teacher and none is named, or one cannot be built.
     """
     if not needs_teacher(config.method.name):
         return None
-    store = open_cache(config, ranks)
     if store is not None and not config.distill.cache_live:
         return CachedTeachers(store, teacher_dtype(config), ranks.device)
-    return LiveTeachers(load_teachers(config, ranks), student, store)
+    return LiveTeachers(load_teachers(config, ranks), student)
 
 
 def load_teachers(config: RunConfig, ranks: Ranks) -> list[models.Teacher]:
@@ -91,18 +98,21 @@ def teacher_dtype(config: RunConfig) -> torch.dtype:
 def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
     """The configured cache, once it is known to be of the configured teachers; None without one.
 
+    A method without a teacher trains on its crops all the same, to be compared with one that has.
+
     Raises:
         FileNotFoundError, ValueError: it cannot be used, or is of other teachers.
     """
     distill = config.distill
     if distill.cache is None:
         return None
-    store = Store(distill.cache, with_rows=not distill.cache_live)
+    with_rows = needs_teacher(config.method.name) and not distill.cache_live
+    store = Store(distill.cache, with_rows=with_rows)
 
     def check() -> None:
         # one rank is enough: this may read the whole file of the weights
         if ranks.first:
-            check_teachers(store.manifest, distill.teachers())
+            check_teachers(store.manifest, distill.teachers(), distill.distill_precision)
 
     ranks.first_then_all(check, "cache")
     return store
@@ -125,11 +135,16 @@ def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> Non
 
 
 def build_data(
-    config: RunConfig, ranks: Ranks, student: TowerSpec, teachers: Teachers | None
+    config: RunConfig,
+    ranks: Ranks,
+    student: TowerSpec,
+    teachers: Teachers | None,
+    replay: Replay | None,
 ) -> Data:
     """The training loader and what it is about.
 
     A batch holds ``image`` and ``tokens`` for the student, and what the teachers want beside them.
+    With ``replay`` images are its stored views.
 
     Raises:
         ValueError: no training data, or none of its samples is good.
@@ -149,7 +164,6 @@ def build_data(
         "seed": config.train.seed,
         "device_id": device_id,
     }
-    replay = teachers.replay if teachers else None
     if config.data.dataset_type == "synthetic":
         if replay is not None:
             raise ValueError(
@@ -161,6 +175,8 @@ def build_data(
         return Data(loader, identity, {"samples": f"{num_samples} (synthetic)"})
     index = open_index(config, ranks, sorted(set(tokenizers.values())))
     if replay is not None:
+        # one rank is enough: this looks at every file of the cache
+        ranks.first_then_all(lambda: replay.check(index) if ranks.first else None, "cache")
         replay.attach(index)
     loader = build_loader(
         index,

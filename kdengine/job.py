@@ -84,8 +84,9 @@ def build(
     resumed = checkpoint.starting_point(folder, config.run.resume, me)
     engine_config = deepspeed_config(config, me.world_size)
     student = assembly.build_student(config)
-    teachers = assembly.build_teachers(config, me, student.spec)
-    loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers)
+    store = assembly.open_cache(config, me)
+    teachers = assembly.build_teachers(config, me, student.spec, store)
+    loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers, store)
     identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
     cleanup.callback(loader.close)
     evaluator = build_evaluator(config, me, student.spec)

@@ -60,9 +60,8 @@ def main(argv: Sequence[str]) -> int:
         num_threads=config.data.workers,
         progress=True,
     )
-    if me.first:
+    if summary is not None:
         Console().print(table(line, summary))
-    me.barrier()
     return 0
 
 

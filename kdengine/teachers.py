@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdengine.data import Replay, ViewSpec
+from kdengine.data import ViewSpec
 from kdengine.models import Features, PreprocessSpec, Teacher, TowerSpec
 
 T = TypeVar("T")
@@ -18,11 +18,9 @@ class Teachers(Protocol):
 
     Attributes:
         specs: what each teacher is, in the order of the configuration.
-        replay: stored views that the loader must replay; None draws crops anew.
     """
 
     specs: Sequence[TowerSpec]
-    replay: Replay | None
 
     def views(self) -> dict[str, ViewSpec]:
         """Images that a batch must hold beside the student's ``image``, by name."""
@@ -50,13 +48,9 @@ class LiveTeachers:
     Args:
         teachers: in the order of the configuration.
         student: what the student is.
-        replay: embed the crops of this cache, not new ones.
     """
 
-    def __init__(
-        self, teachers: Sequence[Teacher], student: TowerSpec, replay: Replay | None = None
-    ) -> None:
-        self.replay = replay
+    def __init__(self, teachers: Sequence[Teacher], student: TowerSpec) -> None:
         self.specs: Sequence[TowerSpec] = [teacher.spec for teacher in teachers]
         self._teachers = list(teachers)
         self._views = {"image": view(student.preprocess)}
@@ -130,5 +124,4 @@ def size(spec: TowerSpec, tower: nn.Module) -> str:
     """One model in a few words."""
     millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     pixels = spec.preprocess.size
-    name = spec.name + (f" ({spec.pretrained})" if spec.pretrained else "")
-    return f"{name}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"
+    return f"{spec.label}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"

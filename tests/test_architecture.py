@@ -38,6 +38,7 @@ LINES = {
     "kdengine.log": 0,
     "kdengine.stop": 0,
     "kdengine.errors": 0,
+    "kdengine.durable": 0,
     "kdengine._C": 0,
     "kdengine_kernels": 0,
 }

@@ -113,6 +113,23 @@ def test_teachers_of_lists_are_compared_by_name_and_tag() -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["hf-hub:org/name", "local-dir:/absent/teacher/export", "configs/tower.json"]
+)
+def test_teacher_that_is_not_at_hand_is_known_by_its_name(name: str) -> None:
+    spec = dataclasses.replace(entry(tag=None).spec, name=name)
+    held = manifest(dataclasses.replace(entry(), spec=spec))
+    check_teachers(held, [(name, None)])
+    with pytest.raises(ValueError, match="it is of another teacher"):
+        check_teachers(held, [(name + "x", None)])
+
+
+def test_precision_that_was_asked_for_is_that_of_the_cache() -> None:
+    check_teachers(manifest(), [], "fp32")
+    with pytest.raises(ValueError, match="ran in fp32, and the run asks for bf16"):
+        check_teachers(manifest(), [], "bf16")
+
+
+@pytest.mark.parametrize(
     "change, told",
     [
         ({"format": 99}, "it is of format 99"),

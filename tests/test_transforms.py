@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import RandomResizedCrop
 
 from kdengine.data import ViewSpec
-from kdengine.data.dali import ImagePipeline, ReaderSpec, stored_windows
+from kdengine.data.dali import ImagePipeline, ReaderSpec
+from kdengine.data.windows import stored_windows
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 # mean absolute difference of one image, of 255

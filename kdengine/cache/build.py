@@ -7,38 +7,22 @@ counter, so that all end at about the same time; a unit that is complete on disk
 
 from __future__ import annotations
 
-import uuid
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import fcntl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from kdengine.cache import codec, store
+from kdengine.cache import store
+from kdengine.cache.builder import Builder
 from kdengine.cache.manifest import MANIFEST, Manifest, TeacherEntry
-from kdengine.data import DatasetIndex, ShardIndex, ViewSpec, build_loader
-from kdengine.data.progress import Progress
+from kdengine.data import DatasetIndex
 from kdengine.models import Teacher
 from kdengine.ranks import Ranks
 
-
-@dataclass(frozen=True)
-class Unit:
-    """A view of one shard, or with ``view`` None its captions."""
-
-    shard: ShardIndex
-    view: int | None
-    num_rows: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return store.TEXT if self.view is None else store.view_name(self.view)
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -62,133 +46,6 @@ class Summary:
     max_error: float
 
 
-class Builder:
-    """Fills a cache for an index on all ranks; see ``build_cache``."""
-
-    def __init__(
-        self,
-        index: DatasetIndex,
-        teachers: Sequence[Teacher],
-        out: Path,
-        manifest: Manifest,
-        *,
-        ranks: Ranks,
-        batch_size: int,
-        num_threads: int,
-    ) -> None:
-        self._index, self._teachers, self._out = index, list(teachers), out
-        self._manifest, self._ranks = manifest, ranks
-        self._batch_size, self._num_threads = batch_size, num_threads
-        # teachers that want the same image read it from one view
-        specs = [teacher.spec.preprocess for teacher in teachers]
-        wanted = [ViewSpec(size=x.size, mean=x.mean, std=x.std) for x in specs]
-        names = {view: f"image_{i}" for i, view in enumerate(dict.fromkeys(wanted))}
-        self._views = {name: view for view, name in names.items()}
-        self._names = [names[view] for view in wanted]
-
-    def units(self) -> list[Unit]:
-        """All units of the index."""
-        found = []
-        for shard in store.unique_shards(self._index):
-            num_captions = self._index.only(shard).summary()["captions"]
-            found.append(Unit(shard, None, num_captions))
-            found += [Unit(shard, v, shard.num_samples) for v in range(self._manifest.views)]
-        return found
-
-    def folder(self, unit: Unit) -> Path:
-        """Where the units of its shard lie."""
-        return store.shard_folder(self._out, unit.shard)
-
-    def run(self, pending: Sequence[Unit], progress: bool) -> None:
-        """Make the pending units, in turn with the other ranks."""
-        call = self._ranks.broadcast(uuid.uuid4().hex)
-        total = sum(unit.num_rows for unit in pending)
-        with Progress(progress and self._ranks.first and total > 0) as bars:
-            advance = bars.begin("embedding", "views and captions", total)
-            shown = 0
-            while (ticket := self._ranks.count(f"cache/{call}/next", 1) - 1) < len(pending):
-                for more in self._make(pending[ticket]):
-                    done = self._ranks.count(f"cache/{call}/done", more)
-                    advance(done - shown, done - shown)
-                    shown = done
-        self._ranks.barrier()
-
-    def _make(self, unit: Unit) -> Iterator[int]:
-        """Embed and write a unit; yields rows done since."""
-        arrays: dict[str, list[np.ndarray]] = defaultdict(list)
-        errors = []
-        batches = self._texts(unit) if unit.view is None else self._images(unit)
-        for window, embeddings in batches:
-            if window is not None:
-                arrays[store.WINDOWS].append(window)
-            for number, rows in enumerate(embeddings):
-                rows = self._unit_rows(rows, number, unit)
-                stored = codec.encode(rows, self._manifest.storage)
-                errors.append(codec.errors(rows, stored, self._manifest.storage))
-                for part, values in stored.items():
-                    arrays[store.array_name(number, part)].append(values)
-            yield len(embeddings[0])
-        lost = torch.cat(errors)
-        store.write_unit(
-            self.folder(unit),
-            unit.name,
-            {name: np.concatenate(parts) for name, parts in arrays.items()},
-            {"rows": unit.num_rows, "error_sum": float(lost.sum()), "error_max": float(lost.max())},
-        )
-
-    def _unit_rows(self, rows: Tensor, number: int, unit: Unit) -> Tensor:
-        found = F.normalize(rows.float(), dim=1).cpu()
-        if not bool(torch.isfinite(found).all()):
-            raise RuntimeError(
-                f"cache: teacher {self._teachers[number].spec.name} gives embeddings of "
-                f"{unit.shard.tar} that are not finite; look at its weights, or try "
-                "--distill.distill-precision fp32"
-            )
-        return found
-
-    def _images(self, unit: Unit) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        from kdengine.data.dali import derive_seed
-
-        assert unit.view is not None
-        ranks, seed = self._ranks, self._manifest.seed
-        loader = build_loader(
-            self._index.only(unit.shard),
-            views=self._views,
-            tokenizers={},
-            batch_size=min(self._batch_size, unit.num_rows),
-            num_threads=self._num_threads,
-            train=False,
-            device_id=ranks.local_rank if ranks.device.type == "cuda" else None,
-            # other crops in every shard and view, whatever else is in the index
-            crop_seed=derive_seed(seed, unit.view, int(unit.shard.content_digest()[:12], 16)),
-        )
-        try:
-            for batch in loader:
-                # padding is at the end of the last batch
-                valid = int(batch["valid"].sum())
-                embeddings = [
-                    teacher.encode_image(batch[name])[:valid]
-                    for teacher, name in zip(self._teachers, self._names, strict=True)
-                ]
-                yield batch["window"][:valid].cpu().numpy().astype(np.int32), embeddings
-        finally:
-            loader.close()
-
-    def _texts(self, unit: Unit) -> Iterator[tuple[None, list[Tensor]]]:
-        index = self._index.only(unit.shard)
-        counts = index.num_captions(np.arange(unit.shard.num_samples))
-        samples = np.repeat(np.arange(len(counts)), counts)
-        captions = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
-        tables = [index.captions(teacher.spec.tokenizer) for teacher in self._teachers]
-        for first in range(0, len(samples), self._batch_size):
-            part = slice(first, first + self._batch_size)
-            embeddings = []
-            for teacher, table in zip(self._teachers, tables, strict=True):
-                tokens = torch.from_numpy(table.tokens(samples[part], captions[part]))
-                embeddings.append(teacher.encode_text(tokens.long().to(self._ranks.device)))
-            yield None, embeddings
-
-
 def build_cache(
     index: DatasetIndex,
     teachers: Sequence[Teacher],
@@ -202,7 +59,7 @@ def build_cache(
     batch_size: int = 256,
     num_threads: int = 4,
     progress: bool = False,
-) -> Summary:
+) -> Summary | None:
     """Embed ``views`` crops of every image and every caption of an index by each teacher.
 
     Rows are L2-normalised before they are stored. A cache that is there is gone on with: what is
@@ -221,16 +78,20 @@ def build_cache(
         num_threads: decoding threads of a rank.
         progress: show a bar, on rank 0.
 
+    Work: every shard is read and decoded once a view, which is little beside the teachers.
     Memory: one unit, i.e. the embeddings of a view of one shard.
-    Communication: a counter in the common store; one barrier.
+    Communication: counters in the common store.
+
+    Returns: what the cache holds, on rank 0; None on the others.
 
     Raises:
         ValueError: the folder holds a cache of other teachers, crops or storage.
-        RuntimeError: an embedding is not finite.
+        RuntimeError: another command fills it, an embedding is not finite, or nothing was done for
+            ``builder.STALL_SECONDS``.
     """
-    out = Path(out)
-    from kdengine.data.dali import CROP_AREA, CROP_ASPECT
+    from kdengine.data.windows import CROP_AREA, CROP_ASPECT
 
+    out = Path(out)
     entries = [
         TeacherEntry(
             spec=teacher.spec,
@@ -241,41 +102,48 @@ def build_cache(
         for teacher, digest in zip(teachers, weights, strict=True)
     ]
     manifest = Manifest(tuple(entries), views, storage, seed, CROP_AREA, CROP_ASPECT)
-    ranks.first_then_all(lambda: _begin(out, manifest), "cache")
+    lock = ranks.first_then_all(lambda: _begin(out, manifest) if ranks.first else None, "cache")
     options: dict[str, Any] = {"batch_size": batch_size, "num_threads": num_threads}
     builder = Builder(index, teachers, out, manifest, ranks=ranks, **options)
     units = builder.units()
-    pending = [unit for unit in units if not store.is_complete(builder.folder(unit), unit.name)]
-    # every rank has looked before the first one writes
-    ranks.barrier()
-    builder.run(pending, progress)
+    num_made = builder.run(units, progress)
+    if lock is None:
+        return None
     facts = [store.read_facts(builder.folder(unit), unit.name) for unit in units]
+    lock.close()
     num_rows = sum(fact["rows"] for fact in facts) * len(entries)
     return Summary(
         num_samples=sum(unit.num_rows for unit in units if unit.view == 0),
         num_captions=sum(unit.num_rows for unit in units if unit.view is None),
         num_bytes=sum(fact["bytes"] for fact in facts),
-        num_made=sum(unit.num_rows for unit in pending),
+        num_made=num_made,
         mean_error=sum(fact["error_sum"] for fact in facts) / num_rows,
         max_error=max(fact["error_max"] for fact in facts),
     )
 
 
-def _begin(out: Path, manifest: Manifest) -> None:
-    """Make the folder, or see that what it holds is of the same kind."""
+def _begin(out: Path, manifest: Manifest) -> IO[str]:
+    """Make the folder, or see that what it holds is of the same kind; returns its lock, held."""
     out.mkdir(parents=True, exist_ok=True)
-    store.clear_partial(out)
+    known = {MANIFEST, f"{MANIFEST}.partial", LOCK}
+    if not (out / MANIFEST).exists() and any(path.name not in known for path in out.iterdir()):
+        raise ValueError(
+            f"cache: {out} is not empty and not a cache; name a new folder, or that of a cache"
+        )
+    lock = open(out / LOCK, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(
+            f"cache: another command fills {out} ({error}); wait for it, or name another folder"
+        ) from None
     if (out / MANIFEST).exists():
-        there = Manifest.read(out)
-        found = there.differences(manifest)
+        found = Manifest.read(out).differences(manifest)
         if found:
             raise ValueError(
                 f"cache: {out} holds another cache: {'; '.join(found)}; give the options it was "
                 "made with, or another folder"
             )
-    elif any(out.iterdir()):
-        raise ValueError(
-            f"cache: {out} is not empty and not a cache; name a new folder, or that of a cache"
-        )
     else:
         manifest.write(out)
+    return lock

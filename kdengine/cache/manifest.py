@@ -167,19 +167,28 @@ def hash_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_teachers(manifest: Manifest, named: Sequence[tuple[str, str | None]]) -> None:
+def check_teachers(
+    manifest: Manifest, named: Sequence[tuple[str, str | None]], precision: str = "auto"
+) -> None:
     """Refuse a cache of other teachers than a run names; none named takes those of the cache.
 
     Args:
         manifest: of the cache.
         named: model and pretrained of each of the run's teachers.
+        precision: of their forward passes; "auto" takes any.
 
     Raises:
         ValueError: naming what differs.
     """
+    entries = manifest.teachers
+    for entry in entries:
+        if precision not in ("auto", entry.precision):
+            raise ValueError(
+                f"cache: teacher {entry.spec.name} ran in {entry.precision}, and the run asks for "
+                f"{precision}; leave --distill.distill-precision away, or make a cache with it"
+            )
     if not named:
         return
-    entries = manifest.teachers
     remedy = (
         "give the run the cache's teachers (or none: then they are those of the cache), or make a "
         "cache of the run's"
@@ -195,7 +204,7 @@ def check_teachers(manifest: Manifest, named: Sequence[tuple[str, str | None]]) 
             found = spec_differences(entry.spec, source.spec)
             if not found and entry.weights != hash_file(source.checkpoint):
                 found = [f"its weights are not those of {source.checkpoint}"]
-        elif (model.replace("/", "-"), tag or None) != (entry.spec.name, entry.spec.pretrained):
+        elif not is_named(entry.spec, model, tag):
             theirs = " / ".join(filter(None, (entry.spec.name, entry.spec.pretrained)))
             found = [
                 f"its teacher is {theirs}, the run names {' / '.join(filter(None, (model, tag)))}"
@@ -204,6 +213,13 @@ def check_teachers(manifest: Manifest, named: Sequence[tuple[str, str | None]]) 
             found = []
         if found:
             raise ValueError(f"cache: it is of another teacher: {'; '.join(found)}; {remedy}")
+
+
+def is_named(spec: TowerSpec, model: str, pretrained: str | None) -> bool:
+    """Whether these words of a configuration name the model of a spec."""
+    # the names of open_clip's lists lose their slashes, those of folders and hubs do not
+    names = (model, model.replace("/", "-"))
+    return spec.name in names and spec.pretrained == (pretrained or None)
 
 
 def _named(model: str, pretrained: str | None) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,9 @@ import torch
 from kdengine.cache import codec
 from kdengine.cache.manifest import Manifest
 from kdengine.data import DatasetIndex, ShardIndex
+from kdengine.data.limits import MAPS
 from kdengine.data.progress import counted
+from kdengine.durable import sync_tree
 
 TEXT, WINDOWS, UNIT, PARTIAL = "text", "windows", "unit.json", ".partial-"
 
@@ -53,8 +56,15 @@ def shard_folder(root: Path, shard: ShardIndex) -> Path:
 
 
 def is_complete(folder: Path, unit: str) -> bool:
-    """Whether a unit of a shard is there; a unit is renamed into place when it is written."""
-    return (folder / unit / UNIT).is_file()
+    """Whether a unit of a shard is there with all its bytes.
+
+    It is renamed into place when it is written and on the disk; a copy of it may have stopped.
+    """
+    try:
+        size = read_facts(folder, unit)["bytes"]
+        return size == sum(file.stat().st_size for file in (folder / unit).glob("*.npy"))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def write_unit(
@@ -62,20 +72,17 @@ def write_unit(
 ) -> None:
     """Write the arrays of a unit and what is to be known of it, all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{PARTIAL}{unit}-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = folder / f"{PARTIAL}{unit}"
+    # what an interrupted command has left, here and in the unit's place
+    for leftover in (scratch, folder / unit):
+        shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir()
     for name, values in arrays.items():
         np.save(scratch / f"{name}.npy", values)
     size = sum(file.stat().st_size for file in scratch.iterdir())
     (scratch / UNIT).write_text(json.dumps({"bytes": size, **facts}) + "\n", encoding="utf-8")
+    sync_tree(scratch)
     scratch.rename(folder / unit)
-
-
-def clear_partial(root: Path) -> None:
-    """Remove what an interrupted process has left half written."""
-    for leftover in root.glob(f"shards/*/{PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def units(manifest: Manifest) -> list[str]:
@@ -109,11 +116,14 @@ class Store:
         self.manifest = Manifest.read(self.path)
         self.num_views = self.manifest.views
         self.digest = self.manifest.digest
-        self._with_rows = with_rows
+        parts = codec.arrays(self.manifest.storage)
+        numbers = range(len(self.manifest.teachers))
+        names = [f"{array_name(teacher, part)}.npy" for teacher in numbers for part in parts]
+        self._array_names = names if with_rows else []
         self._index: DatasetIndex | None = None
 
-    def attach(self, index: DatasetIndex) -> None:
-        """Serve the samples of an index.
+    def check(self, index: DatasetIndex) -> None:
+        """See that every file for an index is there, with all its bytes.
 
         Raises:
             ValueError: a shard is not in the cache, or its part was not finished; the message
@@ -141,6 +151,9 @@ class Store:
                 f"this run, the first is {unfinished[0]}; run the 'kdengine cache' command that "
                 "began it again: it goes on where it was"
             )
+
+    def attach(self, index: DatasetIndex) -> None:
+        """Serve the samples of an index; see `Replay.attach`."""
         self._index = index
         digests = "".join(shard.content_digest() for shard in index.shards)
         self.digest = hashlib.sha256((self.manifest.digest + digests).encode()).hexdigest()
@@ -152,13 +165,18 @@ class Store:
             for view, some in _groups(views[where]):
                 rows = local[some]
                 found[where[some]] = _map(str(folder / view_name(view) / f"{WINDOWS}.npy"))[rows]
+                for name in self._array_names:
+                    # opened here, batches before `rows` wants it: the disk is asked meanwhile
+                    _map(str(folder / view_name(view) / name))
+            for name in self._array_names:
+                _map(str(folder / TEXT / name))
         return found
 
     def rows(
         self, numbers: np.ndarray, views: np.ndarray, captions: np.ndarray
     ) -> dict[str, torch.Tensor]:
         """The stored embeddings of every teacher, by `key`; see `Replay.rows`."""
-        if not self._with_rows:
+        if not self._array_names:
             return {}
         assert self._index is not None
         found: dict[str, torch.Tensor] = {}
@@ -191,8 +209,9 @@ def key(teacher: int, modality: str, part: str) -> str:
 
 
 def unique_shards(index: DatasetIndex) -> list[ShardIndex]:
-    """The shards of an index, those that are listed several times once."""
-    return list({shard.tar: shard for shard in reversed(index.shards)}.values())[::-1]
+    """The shards of an index; those of equal name and content, from whatever folder, once."""
+    known = {shard_folder(Path(), shard): shard for shard in reversed(index.shards)}
+    return list(known.values())[::-1]
 
 
 def _groups(values: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
@@ -210,7 +229,13 @@ def _gather(places: list[tuple[np.ndarray, Path, np.ndarray]], count: int) -> to
     return torch.from_numpy(found)
 
 
-# a batch comes from few shards at a time; the bound keeps the number of maps in check
-@functools.lru_cache(maxsize=4096)
+# a batch comes from few shards at a time; every map holds a file descriptor
+@functools.lru_cache(maxsize=MAPS)
 def _map(path: str) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"cache: {path} cannot be read: {error}") from error
+    # read ahead while earlier batches train
+    found._mmap.madvise(mmap.MADV_WILLNEED)
+    return found

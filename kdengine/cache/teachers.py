@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdengine.cache import codec
 from kdengine.cache.store import Store, key
-from kdengine.data import Replay, ViewSpec
+from kdengine.data import ViewSpec
 from kdengine.models import Features, TowerSpec
 
 
@@ -22,7 +22,6 @@ class CachedTeachers:
     """
 
     def __init__(self, store: Store, dtype: torch.dtype, device: torch.device) -> None:
-        self.replay: Replay | None = store
         self._store = store
         self._entries = store.manifest.teachers
         self.specs: Sequence[TowerSpec] = [entry.spec for entry in self._entries]
@@ -60,10 +59,7 @@ class CachedTeachers:
         told = f"from {self._store.path}, {manifest.views} views in {manifest.storage}"
         several = len(self._entries) > 1
         return {
-            f"teacher {i}" if several else "teacher": f"{_named(spec)}, {told}"
-            for i, spec in enumerate(self.specs, start=1)
+            f"teacher {i}" if several else "teacher": f"{entry.spec.label}, {told}, of "
+            f"{entry.precision} passes"
+            for i, entry in enumerate(self._entries, start=1)
         }
-
-
-def _named(spec: TowerSpec) -> str:
-    return spec.name + (f" ({spec.pretrained})" if spec.pretrained else "")

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kdengine.durable import sync
+
 FOLDER, LATEST, ENGINE = "checkpoints", "latest", "engine"
 META, STUDENT = "run.json", "student.safetensors"
 FORMAT = 2
@@ -99,18 +101,3 @@ def prune(run: Path, keep: int) -> None:
         doomed = path.with_name(f"{DOOMED}{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush a folder and all that is in it to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Flush one file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

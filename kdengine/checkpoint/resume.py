@@ -21,6 +21,7 @@ FREE = (
     "data.train_data",
     "distill.distill_model",
     "distill.distill_pretrained",
+    "distill.cache",
     "train.deepspeed_config",
     "train.max_skipped",
 )

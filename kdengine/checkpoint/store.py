@@ -27,12 +27,11 @@ from kdengine.checkpoint.folder import (
     prune,
     read_meta,
     step_name,
-    sync,
-    sync_tree,
 )
 from kdengine.checkpoint.masters import student_weights
 from kdengine.checkpoint.state import State, random_state, set_random_state
 from kdengine.config import RunConfig, to_dict
+from kdengine.durable import sync, sync_tree
 from kdengine.models import TowerSpec, export_student
 from kdengine.models.export import run_label
 from kdengine.ranks import Ranks

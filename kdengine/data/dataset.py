@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdengine.data.build import BuildStats, Place
+from kdengine.data.limits import MAPS
 from kdengine.data.store import (
     CAPTION_FIRST,
     KEY_START,
@@ -290,7 +291,7 @@ def _computed_digest(folder: str, generation: str) -> str:
 
 
 # a training batch comes from few shards at a time; the bound keeps the number of maps in check
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=MAPS)
 def _map(folder: str, name: str, generation: str) -> np.ndarray:
     """Map a file of a shard's index, making sure that it is the one that was opened."""
     meta = load_meta(Path(folder))

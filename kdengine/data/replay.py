@@ -24,12 +24,16 @@ class Replay(Protocol):
     num_views: int
     digest: str
 
-    def attach(self, index: DatasetIndex) -> None:
-        """Serve the samples of an index.
+    def check(self, index: DatasetIndex) -> None:
+        """See that all of an index is stored.
 
         Raises:
-            ValueError: something of the index is not stored; the message names it.
+            ValueError: something is not; the message names it.
         """
+        ...
+
+    def attach(self, index: DatasetIndex) -> None:
+        """Serve the samples of an index that was checked, on this rank or another."""
         ...
 
     def windows(self, numbers: np.ndarray, views: np.ndarray) -> np.ndarray:

@@ -9,9 +9,9 @@ in a pass; training throws those away that padding can touch, evaluation marks t
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import os
-import resource
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ import numpy as np
 import torch
 
 from kdengine.data.batches import Batch, Loader, check_identity
+from kdengine.data.limits import allow_open_files
+from kdengine.data.noise import mix
+from kdengine.data.numbers import SourceNumbers
 from kdengine.data.progress import counted
 from kdengine.data.views import ViewSpec
 
@@ -57,14 +60,9 @@ class ShardLoader(Loader):
         self._shuffle_buffer, self._replay, self._crop_seed = shuffle_buffer, replay, crop_seed
         self._device_id = device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
-        # a shard listed twice keeps the numbers of its first place
-        self._first: dict[str, int] = {}
-        for shard in index.shards:
-            self._first.setdefault(shard.tar, shard.first)
-        # images of class folders are files of their own
-        files = [] if index.classes is None else index.files()
-        self._number_of_file = {file: number for number, file in enumerate(files)}
+        self._numbers = SourceNumbers(index)
         self._pipeline: ImagePipeline | None = None
+        self._failures: list[Exception] = []
         self._checkpoint: bytes | None = None
 
     @abc.abstractmethod
@@ -91,7 +89,7 @@ class ShardLoader(Loader):
             batch_size=self._batch_size,
             shuffle_buffer=shuffle_buffer,
             seed=self._seed,
-            files=tuple(self._number_of_file),
+            files=tuple(self._numbers.files),
         )
 
     def _run(self) -> RawBatch:
@@ -105,20 +103,18 @@ class ShardLoader(Loader):
             from kdengine.data.diagnose import explain
 
             self.close()
-            place = (self._index, self._reader(), self._checkpoint, self._number)
+            if self._failures:
+                raise RuntimeError(
+                    f"data (rank {self._rank} of {self._world_size}): the stored views cannot be "
+                    f"read: {self._failures[0]}; has the cache been changed or removed meanwhile?"
+                ) from self._failures[0]
+            place = (self._index, self._reader(), self._checkpoint, self._numbers.one)
             message = explain(error, *place, on_gpu=self._device_id is not None)
             raise RuntimeError(message) from error
         return raw
 
-    def _number(self, source: str) -> int:
-        """Global sample number of a `tar:offset:name` (the tar may have colons) or of a file."""
-        if self._number_of_file:
-            return self._number_of_file[source]
-        tar, _, local = source.rsplit(":", 2)
-        return self._first[tar] + int(local)
-
     def _batch(self, raw: RawBatch) -> Batch:
-        numbers = self._numbers(raw.sources)
+        numbers = self._numbers.all(raw.sources)
         batch = dict(zip(self._views, raw.views, strict=True))
         choice = self._choose(numbers)
         for name, table in self._tables.items():
@@ -129,9 +125,6 @@ class ShardLoader(Loader):
             stored = self._replay.rows(numbers, raw.numbers, choice)
             batch |= {name: self._move(rows) for name, rows in stored.items()}
         return batch
-
-    def _numbers(self, sources: Sequence[str]) -> np.ndarray:
-        return np.array([self._number(source) for source in sources], np.int64)
 
     def _choose(self, numbers: np.ndarray) -> np.ndarray:
         """A caption for each row, from (seed, step, row, sample) alone: nothing to save."""
@@ -179,16 +172,14 @@ class TrainLoader(ShardLoader):
         return self._spec(self._rank, self._world_size, max(1, buffer))
 
     def _open(self) -> ImagePipeline:
-        from kdengine.data.dali import ImagePipeline, derive_seed, stored_windows
+        from kdengine.data.dali import ImagePipeline, derive_seed
+        from kdengine.data.windows import stored_windows
 
-        options, replay = self._pipeline_options(), self._replay
-        if replay is not None:
-
-            def find(sources: Sequence[str], views: np.ndarray) -> np.ndarray:
-                return replay.windows(self._numbers(sources), views)
-
+        options = self._pipeline_options()
+        if self._replay is not None:
+            find = functools.partial(_find, self._replay, self._numbers, self._failures)
             seed = derive_seed(self._seed, 4, self._rank)
-            options["windows"] = stored_windows(find, replay.num_views, seed)
+            options["windows"] = stored_windows(find, self._replay.num_views, seed)
         return ImagePipeline(self._reader(), self._specs, train=True, **options)
 
     def _next(self) -> Batch:
@@ -235,7 +226,7 @@ class EvalLoader(ShardLoader):
 
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
-        if len(self._first) < len(index.shards):
+        if len(self._numbers.first) < len(index.shards):
             tars = [shard.tar for shard in index.shards]
             twice = next(tar for tar in tars if tars.count(tar) > 1)
             raise ValueError(
@@ -252,7 +243,8 @@ class EvalLoader(ShardLoader):
         return self._spec(*self._part, shuffle_buffer=0)
 
     def _open(self) -> ImagePipeline:
-        from kdengine.data.dali import ImagePipeline, random_windows
+        from kdengine.data.dali import ImagePipeline
+        from kdengine.data.windows import random_windows
 
         options = {**self._pipeline_options(), "num_batches": self.steps_per_epoch}
         crops = self._crop_seed is not None
@@ -284,38 +276,23 @@ class EvalLoader(ShardLoader):
         raise TypeError("data: an evaluation loader is not resumed; iterate again")
 
 
+def _find(
+    replay: Replay,
+    numbers: SourceNumbers,
+    failures: list[Exception],
+    sources: Sequence[str],
+    views: np.ndarray,
+) -> np.ndarray:
+    """Stored windows for DALI, which owns this function: it must not hold the pipeline's owner."""
+    try:
+        return replay.windows(numbers.all(sources), views)
+    except Exception as error:
+        # DALI would tell of it as of an image that does not decode
+        failures.append(error)
+        raise
+
+
 def _num_batches(num_samples: int, num_parts: int, batch_size: int) -> int:
     """Batches of a pass when the largest part is padded to full batches."""
     largest = -(-num_samples // num_parts)
     return -(-largest // batch_size)
-
-
-def mix(*words: int | np.ndarray) -> np.ndarray:
-    """Pseudo-random uint64 from integers and integer arrays (SplitMix64), equal on any machine."""
-    noise: np.ndarray = np.zeros((), np.uint64)
-    for word in words:
-        with np.errstate(over="ignore"):
-            noise = noise + np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            noise = (noise ^ (noise >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            noise = (noise ^ (noise >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            noise = noise ^ (noise >> np.uint64(31))
-    return noise
-
-
-def allow_open_files(num_files: int) -> None:
-    """Raise the soft limit on open files where the reader, which opens every archive, needs it.
-
-    Raises:
-        RuntimeError: the hard limit is too low.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # the limit is for the process: leave room for other loaders, sockets and libraries
-    needed = 2 * num_files + 1024
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise RuntimeError(
-            f"data: {num_files} archives need a limit of {needed} open files; the hard "
-            f"limit is {hard}; raise it (ulimit -Hn {needed}) or use fewer, larger shards"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from kdengine.data.index import DatasetIndex
-from kdengine.data.shardloader import mix
+from kdengine.data.noise import mix
 
 logger = logging.getLogger(__name__)
 

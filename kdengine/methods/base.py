@@ -14,8 +14,8 @@ from kdengine.models.masking import install_mask
 def teacher_missing(name: str) -> ValueError:
     """The error of a method that needs a teacher and has none."""
     return ValueError(
-        f"method {name}: expected a teacher, got none; name one with --distill.distill-model, or "
-        "use --method.name clip"
+        f"method {name}: expected a teacher, got none; name one with --distill.distill-model, "
+        "give a cache with --distill.cache, or use --method.name clip"
     )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kdengine
+from kdengine.durable import sync_tree
 from kdengine.models.build import build_from_spec
 from kdengine.models.source import CONFIG_FILE, WEIGHT_FILES
 from kdengine.models.spec import TowerSpec
@@ -71,7 +72,7 @@ def export_student(
         if spec.tokenizer.startswith("hf:"):
             _save_tokenizer(spec, staging)
         _write_config(spec, staging, notes or {})
-        _sync(staging)
+        sync_tree(staging)
         if found == "foreign":
             for file in staging.iterdir():
                 os.replace(file, out / file.name)
@@ -206,12 +207,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -65,6 +65,11 @@ class TowerSpec:
     context_length: int
     embed_dim: int
 
+    @property
+    def label(self) -> str:
+        """Name and tag, for people."""
+        return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json.dump`` takes and ``from_dict`` reads back to an equal spec."""
         return dataclasses.asdict(self)

@@ -57,7 +57,8 @@ class Record:
     @property
     def distilled(self) -> bool:
         """Whether the run learned from a teacher."""
-        return bool(self.get("distill", "distill_model")) and self.get("method", "name") != "clip"
+        taught = self.get("distill", "distill_model") or self.get("distill", "cache")
+        return bool(taught) and self.get("method", "name") != "clip"
 
     @property
     def exports(self) -> list[Path]:

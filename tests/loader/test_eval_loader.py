@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdengine.data import ViewSpec, build_loader, build_synthetic_loader, ensure_index
-from kdengine.data.shardloader import allow_open_files
+from kdengine.data.limits import MAPS, allow_open_files
 
 VIEW = ViewSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -156,7 +156,7 @@ def test_limit_on_open_files_is_raised_as_far_as_allowed(monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 50_000))
     monkeypatch.setattr("resource.setrlimit", lambda which, limits: raised.append(limits))
     allow_open_files(1000)
-    assert raised == [(3024, 50_000)]
+    assert raised == [(2 * 1000 + 2 * MAPS + 1024, 50_000)]
     with pytest.raises(RuntimeError, match="hard limit is 50000"):
         allow_open_files(100_000)
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers run once: a training from a cache is the training with live teachers, without them."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 import torch
 
 from kdengine.cache import CachedTeachers, Store, build_cache
-from kdengine.data import build_loader, ensure_index
+from kdengine.cache.store import _map
+from kdengine.data import ViewSpec, build_loader, ensure_index
+from kdengine.data.limits import MAPS
 from kdengine.models import build_student, build_teacher, export_student
 from kdengine.ranks import Ranks
 from kdengine.teachers import view
@@ -92,11 +96,17 @@ def test_losses_are_those_of_the_live_teacher(
     told = train_here([*words("live", **options, **live), "--distill.cache-live"])
     # the others must do without the teacher's folder
     shutil.rmtree(moved)
-    told += train_here(*(words(x, **options, distill__cache=caches[x]) for x in LIMITS))
-    assert [code for code, _ in told] == [0] * 4, told
+    lines = [words(x, **options, distill__cache=caches[x]) for x in LIMITS]
+    # a run without a teacher sees the same crops, to be compared
+    alone = {**options, "method__name": "clip", "train__steps": 1}
+    lines.append(words("alone", **alone, distill__cache=caches["fp32"]))
+    told += train_here(*lines)
+    assert [code for code, _ in told] == [0] * 5, told
     expected = records(tmp_path / "runs" / "live")
     assert len({r["loss"] for r in expected}) == 20
     whole = np.array([r["loss"] for r in expected])
+    (first,) = records(tmp_path / "runs" / "alone")
+    np.testing.assert_allclose(first["loss"], expected[0]["loss/task"], rtol=1e-6)
     for storage, limit in LIMITS.items():
         found = records(tmp_path / "runs" / storage)
         for term in ("loss", "loss/crd", "loss/fd", "loss/icl"):
@@ -137,7 +147,7 @@ def test_ranks_share_the_work_and_an_interrupted_cache_goes_on(
         assert np.array_equal(np.load(one / file), np.load(two / file)), file
     # one view is gone, as if it had been interrupted
     for shard in sorted((two / "shards").iterdir()):
-        (shard / "view-1").rename(shard / ".partial-view-1-17")
+        (shard / "view-1").rename(shard / ".partial-view-1")
     kept = {path: path.stat().st_mtime_ns for path in two.glob("shards/*/[tv]*/*.npy")}
     lines = [command(two, *SIZES)] * 2
     done = run(["-c", SEVERAL, json.dumps(lines)])
@@ -158,6 +168,7 @@ def test_batch_holds_the_crop_and_what_each_teacher_made_of_it(
     made = build_cache(index, models, ["a", "b"], tmp_path / "out", **options, batch_size=20)
     assert (made.num_samples, made.num_captions, made.num_made) == (96, 96, 3 * 96)
     store = Store(tmp_path / "out")
+    store.check(index)
     store.attach(index)
     teachers = CachedTeachers(store, torch.float32, CPU)
     loader = build_loader(
@@ -235,3 +246,79 @@ def test_cache_that_does_not_fit_is_refused_with_the_reason(
     assert "[2, 2, 2, 2]" in done.stdout and len(lines) == 4, done.stderr
     for line, (_, expected) in zip(lines, refused, strict=True):
         assert expected in line
+
+
+@pytest.fixture
+def small(shards: str, tiny: Path, tmp_path: Path) -> tuple[Any, Any, Path]:
+    """An index, a random teacher, and a cache of one view of it."""
+    index = ensure_index(shards, index_dir=str(tmp_path / "index"), tokenizers=["simple:16"])
+    model = build_teacher(str(tiny), allow_random=True)
+    fill(index, model, tmp_path / "small")
+    return index, model, tmp_path / "small"
+
+
+def fill(index: Any, model: Any, out: Path) -> Any:
+    options = {"views": 1, "storage": "bf16", "seed": 0, "ranks": Ranks(0, 1, 0, CPU)}
+    return build_cache(index, [model], ["a"], out, **options, num_threads=1)
+
+
+def test_unit_that_was_cut_short_is_not_complete(small: Any) -> None:
+    index, model, out = small
+    file = next(out.glob("shards/*/view-0/teacher-0.npy"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is not finished for 1 shard"):
+        Store(out).check(index)
+    assert fill(index, model, out).num_made == 48
+    assert file.read_bytes() == whole
+    Store(out).check(index)
+
+
+def test_cache_that_goes_away_meanwhile_is_named(small: Any) -> None:
+    index, _, out = small
+    store = Store(out)
+    store.attach(index)
+    views = {"image": ViewSpec(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+    loader = build_loader(index, views=views, tokenizers={}, batch_size=8, replay=store)
+    shutil.rmtree(out / "shards")
+    with pytest.raises(RuntimeError, match="stored views cannot be read: cache: .*windows.npy"):
+        next(loader)
+
+
+def test_two_commands_do_not_fill_one_cache(small: Any) -> None:
+    index, model, out = small
+    with open(out / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another command fills"):
+            fill(index, model, out)
+    assert fill(index, model, out).num_made == 0
+
+
+def test_same_shard_from_two_folders_is_stored_once(
+    shards: str, tiny: Path, tmp_path: Path
+) -> None:
+    source = Path(shards).parent / "00000.tar"
+    copies = [tmp_path / folder / source.name for folder in ("a", "b")]
+    for copy in copies:
+        copy.parent.mkdir()
+        shutil.copy(source, copy)
+    options = {"index_dir": str(tmp_path / "index"), "tokenizers": ["simple:16"]}
+    index = ensure_index([str(copy) for copy in copies], **options)
+    model = build_teacher(str(tiny), allow_random=True)
+    made = fill(index, model, tmp_path / "out")
+    assert (made.num_samples, made.num_made, index.num_samples) == (48, 96, 96)
+    Store(tmp_path / "out").check(index)
+
+
+def test_maps_of_a_cache_are_bounded_and_counted(small: Any, monkeypatch: Any) -> None:
+    index, _, out = small
+    store = Store(out)
+    store.attach(index)
+    monkeypatch.setattr("kdengine.cache.store._map", lru_cache(2)(_map.__wrapped__))
+    before = len(os.listdir("/proc/self/fd"))
+    numbers = np.arange(96)
+    zeros = np.zeros(96, np.int64)
+    whole = [store.windows(numbers, zeros), *store.rows(numbers, zeros, zeros).values()]
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 + 8
+    assert len(whole) == 3 and all(len(part) == 96 for part in whole)
+    assert _map.cache_info().maxsize == MAPS
