@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 200
 PACKAGES = ("torch", "triton", "open_clip_torch")
 # what tells one row of a journal from another
 IDENTITY = ("benchmark", "objective", "case", "rows", "width", "teacher_width", "scale", "dtype")
-IDENTITY += ("backend",)
+IDENTITY += ("backend", "size", "cores", "recipe", "variant", "seed", "settings")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
@@ -235,6 +236,23 @@ def append_json(path: str | Path | None, row: dict[str, Any]) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class Refusal(RuntimeError):
+    """What the user of a script can mend."""
+
+
+def command(main: Callable[[], int]) -> int:
+    """The exit code of a script's ``main``; what its user can mend is one line and code 2."""
+    from kdengine import errors
+
+    try:
+        return main()
+    except Exception as error:
+        if not isinstance(error, Refusal) and not errors.is_refusal(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return errors.EXIT_REFUSED
 
 
 @functools.cache

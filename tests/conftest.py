@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from kdengine.demo.shards import Sizes, render_data
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -39,6 +41,14 @@ def test_data() -> Path:
     folder = Path(os.environ.get("KDENGINE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not (folder / "flickr8k-val-000.tar").is_file():
         pytest.skip(f"test data not found in {folder}: set KDENGINE_TEST_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small rendered data set: 48 training pairs in one shard."""
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    render_data(folder, 0, Sizes(num_shards=1, shard_size=48, num_val=20, num_per_class=1))
     return folder
 
 
