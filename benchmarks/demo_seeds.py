@@ -9,7 +9,6 @@ Fails unless the distilled student is ahead on every metric with every seed.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,12 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
-import torch  # noqa: E402
-from common import REPOSITORY, append_json, machine, show  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from benchmarks.common import REPOSITORY, append_json, machine, show  # noqa: E402
+from benchmarks.trainings import cost, machine_words, table_lines  # noqa: E402
 from kdengine.demo import run  # noqa: E402
+
+COSTS = ["seed", "run", "steps", "training, s", "step, ms", "peak memory, MiB"]
 
 
 def measure(seed: int, out: Path) -> dict[str, Any]:
@@ -38,17 +41,6 @@ def measure(seed: int, out: Path) -> dict[str, Any]:
         "metrics": {name: run.last_evaluation(folder) for name, folder in runs.items()},
         "cost": {name: cost(folder) for name, folder in runs.items()},
         **machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    }
-
-
-def cost(folder: Path) -> dict[str, float]:
-    """Training time, speed and memory of one run."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "steps": steps[-1]["step"],
-        "train_time_s": round(steps[-1]["time_s"], 1),
-        "step_time_ms": round(statistics.median(step["step_time_ms"] for step in steps), 1),
-        "peak_memory_mib": round(steps[-1]["peak_memory_mib"]),
     }
 
 
@@ -75,6 +67,11 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table as a page, with the command that made it."""
     columns, cells = table(rows)
+    costs = [
+        [str(row["seed"]), name, *(f"{values[key]:g}" for key in values)]
+        for row in rows
+        for name, values in row["cost"].items()
+    ]
     lines = [
         "# The demo over several seeds",
         "",
@@ -83,23 +80,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "steps. `1caption` keeps one caption a picture; `held-out` are combinations of colour and",
         "shape that training never shows, to be told from all 80.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in cells),
+        *table_lines(columns, cells),
         "",
-        "| seed | run | steps | training, s | step, ms | peak memory, MiB |",
-        "|---|---|---|---|---|---|",
+        *table_lines(COSTS, costs),
     ]
-    for row in rows:
-        for name, values in row["cost"].items():
-            told = (f"{values[key]:g}" for key in values)
-            lines.append(f"| {row['seed']} | {name} | " + " | ".join(told) + " |")
     first = rows[0]
     times = ", ".join(f"{row['time_s']:.0f}" for row in rows)
     lines += [
         "",
-        f"Whole demo: {times} s. {first['device']}, {first['num_cores']} cores, torch "
-        f"{first['torch']}, commit {first['commit']}. Distilled ahead on every metric: "
+        f"Whole demo: {times} s. {machine_words(first)}, commit {first['commit']}. "
+        "Distilled ahead on every metric: "
         + ", ".join(f"seed {row['seed']} {'yes' if row['ahead'] else 'no'}" for row in rows)
         + ".",
         "",
