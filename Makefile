@@ -35,7 +35,7 @@ lint: $(STAMP)  ## ruff, clang-format and mypy
 	@files=$$(git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'); [ -z "$$files" ] || $(BIN)/clang-format --dry-run --Werror $$files
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## check and time the kernels against their peers, nine minutes at most, into runs/bench
+bench: $(STAMP)  ## check and time kernels, loader and step against their peers, nine minutes at most, into runs/bench
 	$(BIN)/python benchmarks/run_all.py --out runs/bench
 
 .PHONY: help setup demo test lint bench

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything worth knowing about the kernels on one machine, in one command and a fixed time.
 
-    python benchmarks/run_all.py --out DIR [--minutes 9] [--parts smoke,tests,similarity,feature]
+    python benchmarks/run_all.py --out DIR [--minutes 9] [--parts smoke,tests,similarity,...]
 
 In order: what the machine is, the extension if there is one, a smoke test of every kernel, the GPU
-tests, then the benchmarks, most important first. Each part is a process of its own with a time of
-its own; one that crashes or hangs is started again behind the row where it did, so nothing stops
-what follows. DIR gets each row when it is measured, and the log of everything.
+tests, then the benchmarks, most important first: the kernels, the loader, the whole step. Each part
+is a process of its own with a time of its own; one that crashes or hangs is started again behind
+the row where it did, so nothing stops what follows. DIR gets each row when it is measured, and the
+log of everything.
 
-DIR: environment.json, log.txt, smoke.jsonl, tests.xml, similarity.jsonl, feature.jsonl,
-summary.txt.
+DIR: environment.json, log.txt, smoke.jsonl, tests.xml, similarity.jsonl, feature.jsonl, data.jsonl,
+step.jsonl, summary.txt.
 """
 
 import argparse
@@ -31,7 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import common, peers, race  # noqa: E402
 
-PARTS = ("smoke", "tests", "similarity", "feature")
+PARTS = ("smoke", "tests", "similarity", "feature", "data", "step")
+# seconds that the parts before leave to a part
+KEPT_S = {"similarity": 30.0, "feature": 30.0, "data": 45.0, "step": 60.0}
 # seconds: of what is silent for so long; kept for writing the summary; of the least useful part
 SILENCE_S, SUMMARY_S, LEAST_S = 120.0, 5.0, 10.0
 MAX_STARTS = 8
@@ -153,18 +156,28 @@ def parts_of(names: Sequence[str], out: Path) -> list[Part]:
     tests += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "timeout=60"]
     tests += [f"--junitxml={out / 'tests.xml'}"]
     small = [] if is_gpu else ["--rows", "128", "--seconds", "0.2", "--threads", "1"]
+    few = ["--passes", "0", "--seconds", "2"]
+    sizes = [["--repeats", "3"], ["--batch", "256", "--rounds", "3"]]
+    if not is_gpu:
+        sizes = [["--repeats", "2", "--size", "64", "--batch", "32", "--cores", "1"],
+                 ["--batch", "8", "--steps", "2", "--rounds", "2", "--threads", "1",
+                  "--modes", "no teacher", "InfoNCE + CRD"]]  # fmt: skip
     found = {
-        "smoke": Part("smoke", ["benchmarks/smoke.py"], 120, 30, True),
-        "tests": Part("tests", tests, 150, 60, False),
-        "similarity": Part("similarity", ["benchmarks/bench_similarity.py", *small], 480, 30, True),
+        "smoke": Part("smoke", ["benchmarks/smoke.py"], 120, 0, True),
+        "tests": Part("tests", tests, 150, 0, False),
+        "similarity": Part("similarity", ["benchmarks/bench_similarity.py", *small], 480, 0, True),
         "feature": Part("feature", ["benchmarks/bench_feature.py", *small], 60, 0, True),
+        "data": Part("data", ["benchmarks/bench_data.py", *few, *sizes[0]], 120, 0, True),
+        "step": Part("step", ["benchmarks/bench_step.py", *sizes[1]], 240, 0, True),
     }
+    asked = [part for name, part in found.items() if name in names]
     return [
-        part._replace(command=[*part.command, "--json", str(out / f"{name}.jsonl")])
-        if part.resumes
-        else part
-        for name, part in found.items()
-        if name in names
+        part._replace(
+            command=part.command
+            + (["--json", str(out / f"{part.name}.jsonl")] if part.resumes else []),
+            reserve_s=sum(KEPT_S.get(later.name, 0.0) for later in asked[number + 1 :]),
+        )
+        for number, part in enumerate(asked)
     ]
 
 
@@ -193,12 +206,13 @@ def build(end: float, console: Console) -> tuple[bool, str]:
 
 
 def summary(out: Path) -> list[tuple[bool, str]]:
-    """The rows of all files in a line each, and whether it matters: our kernels, what is wrong."""
+    """The rows of all files in a line each, and whether it matters: ours, what is wrong."""
     lines = []
     for path in sorted(out.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            names = ("objective", "case", "rows", "width", "scale", "dtype", "backend")
+            names = ("objective", "variant", "case", "rows", "size", "width", "scale", "dtype")
+            names += ("backend",)
             what = " ".join(str(row[name]) for name in names if row.get(name) is not None)
             if row.get("reason"):
                 lines.append((True, f"{path.stem}: {what}: {row['reason'][:160]}"))
@@ -208,6 +222,11 @@ def summary(out: Path) -> list[tuple[bool, str]]:
                 both = row["forward_backward"]["median_ms"]
                 kernel = row["backend"].split()[0] in ("triton", "cuda")
                 lines.append((kernel, f"{path.stem}: {what}: {both:.3f} ms {told}"))
+            elif "samples_per_second" in row:
+                ratios = ("ratio", "time_vs_no_teacher", "time_vs_open_clip", "phases_share")
+                told = " ".join(f"{x} {row[x]:.2f}" for x in ratios if row.get(x) is not None)
+                rate = row["samples_per_second"]
+                lines.append((True, f"{path.stem}: {what}: {rate:.0f} samples/s {told}"))
     return lines
 
 

@@ -189,3 +189,12 @@ def test_faster_variants_are_timed_more_often() -> None:
     spreads = common.time_interleaved(variants, torch.device("cpu"), 0.1)
     assert calls["fast"] > 2 * calls["slow"] >= 10
     assert spreads["fast"].p20_ms <= spreads["fast"].median_ms <= spreads["fast"].p80_ms
+
+
+def test_parts_leave_time_to_those_behind_them(tmp_path: Path) -> None:
+    found = {part.name: part for part in run_all.parts_of(run_all.PARTS, tmp_path)}
+    assert list(found) == list(run_all.PARTS)
+    assert found["step"].reserve_s == 0 and found["data"].reserve_s == run_all.KEPT_S["step"]
+    assert found["smoke"].reserve_s == sum(run_all.KEPT_S.values())
+    (alone,) = run_all.parts_of(["similarity"], tmp_path)
+    assert alone.reserve_s == 0
