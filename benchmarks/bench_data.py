@@ -96,8 +96,12 @@ def ours(
         caption="first",
     )
 
+    def move(x: torch.Tensor) -> torch.Tensor:
+        pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+        return pinned.to(device, non_blocking=True)
+
     def next_batch() -> Batch:
-        return {k: x.to(device, non_blocking=True) for k, x in next(loader).items()}
+        return {k: move(x) for k, x in next(loader).items()}
 
     return Contender(name, next_batch, AHEAD)
 

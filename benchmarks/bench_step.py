@@ -191,7 +191,8 @@ def measure(
     identity = {"benchmark": "step", "rows": batch, "dtype": options.precision}
     identity["variant"] = f"{Path(student.name).stem} from {Path(teacher.name).stem}"
     timing = {**identity, "case": "timing", "backend": ""}
-    if journal.has({**identity, "case": PLAIN, "backend": OURS}) or journal.has(timing):
+    first = {**identity, "case": options.modes[0], "backend": OURS}
+    if journal.has(first) or journal.has(timing):
         return True
     where = common.machine(me.device) | {"deepspeed": common.version("deepspeed")}
     runners, reasons = {}, {}

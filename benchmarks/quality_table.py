@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from benchmarks.trainings import machine_words, table_lines
 
 ALONE, MIX, CACHED = "no KD", "CLIP-KD", "CLIP-KD, cached"
-# gain of ImageNet top-1 in points, of 30.55 without a teacher: CLIP-KD, Table 1 and README
-PAPER_GAINS = {"CRD": 1.39, "FD": 3.68, "MFD": 3.54, "ICL": 2.56, "GD": 0.99, "AFD": 0.87}
+# gain of ImageNet top-1 in points, of 30.55 without a teacher: CLIP-KD, Table 1 and README; GD's
+# with the weight that is used here, 1e6, is of Table 9 (0.99 with 1e8)
+PAPER_GAINS = {"CRD": 1.39, "FD": 3.68, "MFD": 3.54, "ICL": 2.56, "GD": 0.05, "AFD": 0.87}
 PAPER_GAINS[MIX] = 4.35
 Row = dict[str, Any]
 

@@ -144,18 +144,18 @@ def test_variants_differ_in_the_method_alone_and_have_the_papers_weights(
     }
     assert told == {
         "CRD": {"task": 1.0, "crd": 1.0},
-        "FD": {"task": 1.0, "fd": 3.90625},
-        "MFD": {"task": 1.0, "fd": 3.90625},
+        "FD": {"task": 1.0, "fd": 2000.0},
+        "MFD": {"task": 1.0, "fd": 2000.0},
         "ICL": {"task": 1.0, "icl": 1.0},
         "GD": {"task": 1.0, "gd": 3906.25},
         "AFD": {"task": 1.0, "afd": 1.0},
-        "CLIP-KD": {"task": 1.0, "crd": 1.0, "fd": 3.90625, "icl": 1.0},
-        "CLIP-KD, cached": {"task": 1.0, "crd": 1.0, "fd": 3.90625, "icl": 1.0},
+        "CLIP-KD": {"task": 1.0, "crd": 1.0, "fd": 2000.0, "icl": 1.0},
+        "CLIP-KD, cached": {"task": 1.0, "crd": 1.0, "fd": 2000.0, "icl": 1.0},
     }
     stored = {name for name, config in configs.items() if config.distill.cache}
     assert stored == {"CLIP-KD, cached"}
     assert {name for name, w in weights.items() if w["mask_ratio"]} == {"MFD"}
-    assert all(w["fd_reduction"] == "sum" for name, w in weights.items() if name != "no KD")
+    assert all(w["fd_reduction"] == "mean" for name, w in weights.items() if name != "no KD")
     assert configs["no KD"].method.name == "clip"
     first = configs["no KD"]
     for config in configs.values():
