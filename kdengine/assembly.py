@@ -13,12 +13,12 @@ from torch import nn
 from kdengine import models
 from kdengine.cache import CachedTeachers, Store, check_teachers
 from kdengine.config import RunConfig
-from kdengine.data import Replay, build_loader, build_synthetic_loader, ensure_index
+from kdengine.data import Replay, ViewSpec, build_loader, build_synthetic_loader, ensure_index
 from kdengine.data.progress import counted
 from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import Student, TowerSpec
 from kdengine.ranks import Ranks
-from kdengine.teachers import LiveTeachers, Teachers, size, view
+from kdengine.teachers import LiveTeachers, Teachers, size
 
 
 class Data(NamedTuple):
@@ -149,7 +149,7 @@ def build_data(
     Raises:
         ValueError: no training data, or none of its samples is good.
     """
-    views = {"image": view(student.preprocess)}
+    views = {"image": ViewSpec.like(student.preprocess)}
     tokenizers = {"tokens": student.tokenizer}
     if teachers is not None:
         views |= teachers.views()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdengine.data import ViewSpec
-from kdengine.models import Features, PreprocessSpec, Teacher, TowerSpec
+from kdengine.models import Features, Teacher, TowerSpec
 
 T = TypeVar("T")
 
@@ -53,11 +53,11 @@ class LiveTeachers:
     def __init__(self, teachers: Sequence[Teacher], student: TowerSpec) -> None:
         self.specs: Sequence[TowerSpec] = [teacher.spec for teacher in teachers]
         self._teachers = list(teachers)
-        self._views = {"image": view(student.preprocess)}
+        self._views = {"image": ViewSpec.like(student.preprocess)}
         self._tokenizers = {"tokens": student.tokenizer}
         self._keys = [
             (
-                _key(self._views, view(spec.preprocess), "teacher_image"),
+                _key(self._views, ViewSpec.like(spec.preprocess), "teacher_image"),
                 _key(self._tokenizers, spec.tokenizer, "teacher_tokens"),
             )
             for spec in self.specs
@@ -113,11 +113,6 @@ def checksum(module: nn.Module) -> int:
         for x in module.state_dict().values()
         if x.is_floating_point()
     )
-
-
-def view(preprocess: PreprocessSpec) -> ViewSpec:
-    """What the loader must make of an image for a tower."""
-    return ViewSpec(size=preprocess.size, mean=preprocess.mean, std=preprocess.std)
 
 
 def size(spec: TowerSpec, tower: nn.Module) -> str:

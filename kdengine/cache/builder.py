@@ -59,7 +59,7 @@ class Builder:
         self._batch_size, self._num_threads = batch_size, num_threads
         # teachers that want the same image read it from one view
         specs = [teacher.spec.preprocess for teacher in teachers]
-        wanted = [ViewSpec(size=x.size, mean=x.mean, std=x.std) for x in specs]
+        wanted = [ViewSpec.like(x) for x in specs]
         names = {view: f"image_{i}" for i, view in enumerate(dict.fromkeys(wanted))}
         self._views = {name: view for view, name in names.items()}
         self._names = [names[view] for view in wanted]

@@ -4,6 +4,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Preprocess(Protocol):
+    """What a model says of the images that it wants."""
+
+    @property
+    def size(self) -> int:
+        """Side in pixels."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Per channel, of 1."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Per channel, of 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,3 +46,8 @@ class ViewSpec:
                 f"view: mean and std need 3 values each, std above 0; "
                 f"got mean={self.mean}, std={self.std}"
             )
+
+    @classmethod
+    def like(cls, preprocess: Preprocess) -> ViewSpec:
+        """The view that a model wants."""
+        return cls(preprocess.size, preprocess.mean, preprocess.std)

@@ -176,7 +176,7 @@ class Evaluator:
         preprocess = self.spec.preprocess
         return build_loader(
             index,
-            views={"image": ViewSpec(preprocess.size, preprocess.mean, preprocess.std)},
+            views={"image": ViewSpec.like(preprocess)},
             tokenizers={},
             batch_size=self.batch_size,
             rank=distributed.rank(self.group),

@@ -87,7 +87,7 @@ def embed_pairs(
     firsts = [captions[0] for captions in index.texts(np.arange(num))]
     loader: Any = build_loader(
         index,
-        views={"image": ViewSpec(seen.size, seen.mean, seen.std)},
+        views={"image": ViewSpec.like(seen)},
         tokenizers={},
         batch_size=batch_size,
         rank=0,

@@ -145,7 +145,7 @@ def _pixels(index: Any, models: dict[int, Any], numbers: np.ndarray) -> dict[str
     views = {"thumbnail": ViewSpec(THUMBNAIL, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
     for i, (_, spec) in models.items():
         p = spec.preprocess
-        views[str(i)] = ViewSpec(p.size, p.mean, p.std)
+        views[str(i)] = ViewSpec.like(p)
     loader = build_loader(
         index, views=views, tokenizers={}, batch_size=BATCH, num_threads=2, train=False
     )

@@ -22,7 +22,6 @@ from kdengine.data import ViewSpec, build_loader, ensure_index
 from kdengine.data.limits import MAPS
 from kdengine.models import build_student, build_teacher, export_student
 from kdengine.ranks import Ranks
-from kdengine.teachers import view
 
 CPU = torch.device("cpu")
 
@@ -173,7 +172,7 @@ def test_batch_holds_the_crop_and_what_each_teacher_made_of_it(
     teachers = CachedTeachers(store, torch.float32, CPU)
     loader = build_loader(
         index,
-        views={f"image_{k}": view(m.spec.preprocess) for k, m in enumerate(models)},
+        views={f"image_{k}": ViewSpec.like(m.spec.preprocess) for k, m in enumerate(models)},
         tokenizers={f"tokens_{k}": m.spec.tokenizer for k, m in enumerate(models)},
         batch_size=32,
         num_threads=1,
