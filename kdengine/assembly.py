@@ -52,7 +52,7 @@ def build_student(config: RunConfig) -> Student:
 
 
 def build_teachers(
-    config: RunConfig, ranks: Ranks, student: TowerSpec, store: Store | None
+    config: RunConfig, ranks: Ranks, student: TowerSpec, store: Store | None = None
 ) -> Teachers | None:
     """The method's teachers, on this rank's device; None for a method without.
 
@@ -139,7 +139,7 @@ def build_data(
     ranks: Ranks,
     student: TowerSpec,
     teachers: Teachers | None,
-    replay: Replay | None,
+    replay: Replay | None = None,
 ) -> Data:
     """The training loader and what it is about.
 
