@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recipe's teachers once over its data, for trainings that then need no teacher.
 
-    kdengine cache --recipe NAME [--section.key value] OUT
-    torchrun --nproc-per-node 8 -m kdengine.cli cache --recipe NAME OUT     all GPUs of a machine
+    kdengine cache OUT --recipe NAME [--section.key value]
+    torchrun --nproc-per-node 8 -m kdengine.cli cache OUT --recipe NAME     all GPUs of a machine
 
 Every image is embedded in a few random crops, every caption as it is, by each teacher. A command
-that was interrupted goes on where it was, when it is given again. Train with --distill.cache OUT.
+that was interrupted is given again: crops and captions of a shard that are complete are kept. Train
+with --distill.cache OUT.
 """
 
+import signal
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,10 @@ from rich.table import Table
 
 from kdengine import arguments, errors
 from kdengine.stop import ignore_signals
+
+# what follows 'local-dir:' is a teacher
+LOCAL = "local-dir:"
+EXIT_INTERRUPTED = 130
 
 if TYPE_CHECKING:
     from kdengine.cache import Summary
@@ -32,6 +39,12 @@ def main(argv: Sequence[str]) -> int:
             f"cache: expected at least one view and a batch of at least 1; got {line.views} views "
             f"and a batch size of {line.batch_size}"
         )
+    if not config.distill.teachers() or line.out.startswith(LOCAL):
+        named = " ".join(model for model, _ in config.distill.teachers()) or "none"
+        raise ValueError(
+            f"cache: expected a folder OUT and teachers, got OUT {line.out} and teachers {named}; "
+            "give OUT first, as in 'kdengine cache OUT --distill.distill-model MODEL...'"
+        )
     if config.distill.cache is not None:
         raise ValueError(
             f"cache: expected teachers to run, got --distill.cache {config.distill.cache}, which "
@@ -39,11 +52,14 @@ def main(argv: Sequence[str]) -> int:
         )
     from kdengine import assembly, job
     from kdengine.cache import build_cache, hash_file
+    from kdengine.data.summary import no_good_sample
     from kdengine.models.source import resolve
 
     me = job.start_ranks(config)
     teachers = assembly.load_teachers(config, me)
     index = assembly.open_index(config, me, sorted({t.spec.tokenizer for t in teachers}))
+    if not index.num_samples:
+        raise ValueError(f"data: {no_good_sample(index)}; see {index.quarantine_paths[0]}")
     # the files are at hand now that the teachers have been built
     files = [resolve("teacher", *named).checkpoint for named in config.distill.teachers()]
     hashes = me.broadcast([hash_file(file) for file in files if file] if me.first else None)
@@ -81,8 +97,14 @@ def table(line: arguments.CacheLine, summary: "Summary") -> Table:
 
 def command(argv: Sequence[str]) -> int:
     """``main`` for a shell: what the user can mend is told once for all ranks, exit code 2."""
+    # a scheduler's signal ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        told = "interrupted; what is complete is kept, and the same command goes on from there"
+        print(told, file=sys.stderr)
+        return EXIT_INTERRUPTED
     except Exception as error:
         if not errors.is_refusal(error):
             raise

@@ -124,7 +124,12 @@ def build_cache(
 
 def _begin(out: Path, manifest: Manifest) -> IO[str]:
     """Make the folder, or see that what it holds is of the same kind; returns its lock, held."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache: expected a folder that can be made, got {out} ({error.strerror}); name another"
+        ) from None
     known = {MANIFEST, f"{MANIFEST}.partial", LOCK}
     if not (out / MANIFEST).exists() and any(path.name not in known for path in out.iterdir()):
         raise ValueError(
@@ -135,8 +140,8 @@ def _begin(out: Path, manifest: Manifest) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise RuntimeError(
-            f"cache: another command fills {out} ({error}); wait for it, or name another folder"
-        ) from None
+            f"cache: another command fills {out}; wait for it, or name another folder"
+        ) from error
     if (out / MANIFEST).exists():
         found = Manifest.read(out).differences(manifest)
         if found:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdengine.data.progress import counted
 from kdengine.models import TowerSpec
 from kdengine.models.source import LOCAL, Source, resolve
 
@@ -190,12 +191,12 @@ def check_teachers(
     if not named:
         return
     remedy = (
-        "give the run the cache's teachers (or none: then they are those of the cache), or make a "
-        "cache of the run's"
+        "give the run the cache's teachers, or none (--distill.distill-model with nothing behind "
+        "it), or make a cache of the run's"
     )
     if len(named) != len(entries):
         raise ValueError(
-            f"cache: the run names {len(named)} teachers and the cache holds "
+            f"cache: the run names {counted(len(named), 'teacher')} and the cache holds "
             f"{len(entries)} ({', '.join(entry.spec.name for entry in entries)}); {remedy}"
         )
     for (model, tag), entry in zip(named, entries, strict=True):

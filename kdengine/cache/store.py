@@ -6,7 +6,7 @@
         windows.npy                         int32 [n, 4]: top, left, height, width of the crop
         teacher-K.npy                       image embeddings [n, E_K]
         teacher-K-scale.npy                 float32 [n], for int8
-        unit.json                           rows, bytes, error of the storage
+        unit.json                           rows, bytes, checksums, error of the storage
     OUT/shards/SHARD-DIGEST/text/         of every caption in the order of the index
         teacher-K.npy, ...                  text embeddings [c, E_K]
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -80,7 +79,9 @@ def write_unit(
     for name, values in arrays.items():
         np.save(scratch / f"{name}.npy", values)
     size = sum(file.stat().st_size for file in scratch.iterdir())
-    (scratch / UNIT).write_text(json.dumps({"bytes": size, **facts}) + "\n", encoding="utf-8")
+    digests = {f"{name}.npy": _digest(values) for name, values in arrays.items()}
+    told = {"bytes": size, "sha256": digests, **facts}
+    (scratch / UNIT).write_text(json.dumps(told) + "\n", encoding="utf-8")
     sync_tree(scratch)
     scratch.rename(folder / unit)
 
@@ -148,8 +149,8 @@ class Store:
         if unfinished:
             raise ValueError(
                 f"cache: {self.path} is not finished for {counted(len(unfinished), 'shard')} of "
-                f"this run, the first is {unfinished[0]}; run the 'kdengine cache' command that "
-                "began it again: it goes on where it was"
+                f"this run, or was cut short since, the first is {unfinished[0]}; run the "
+                "'kdengine cache' command that made it again: it makes what is missing"
             )
 
     def attach(self, index: DatasetIndex) -> None:
@@ -236,6 +237,15 @@ def _map(path: str) -> np.ndarray:
         found = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise RuntimeError(f"cache: {path} cannot be read: {error}") from error
-    # read ahead while earlier batches train
-    found._mmap.madvise(mmap.MADV_WILLNEED)
+    # in the data pipeline's thread: this also reads ahead while earlier batches train
+    unit = Path(path).parent
+    if _digest(found) != read_facts(unit.parent, unit.name)["sha256"][Path(path).name]:
+        raise RuntimeError(
+            f"cache: {path} is damaged, it is not what was written; remove the folder {unit} and "
+            "run the 'kdengine cache' command that made it again"
+        )
     return found
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -234,15 +235,23 @@ def test_cache_that_does_not_fit_is_refused_with_the_reason(
     told = train_here(*(words(f"r{i}", **fits | x) for i, (x, _) in enumerate(cases)))
     for (code, error), (_, expected) in zip(told, cases, strict=True):
         assert code is None and expected in error, (expected, error)
+    captionless = tmp_path / "captionless.tar"
+    with tarfile.open(other) as source, tarfile.open(captionless, "w") as target:
+        for member in source:
+            if member.name.endswith(".jpg"):
+                target.addfile(member, source.extractfile(member))
     refused = [
+        (command(tmp_path / "new", "--data.train-data", str(captionless)), "no good sample"),
         (command(out, "--views", "3"), "views is 2, not 3"),
         (command(tmp_path / "new", "--distill.cache", str(out)), "leave it away"),
         (command(teacher), "is not empty and not a cache"),
         (command(tmp_path / "new", "--views", "0"), "expected at least one view"),
+        (command(Path("local-dir:x")), "give OUT first"),
+        (command(tmp_path / "other.tar"), "expected a folder that can be made"),
     ]
     done = run(["-c", SEVERAL, json.dumps([line for line, _ in refused])])
-    lines = [x for x in done.stderr.splitlines() if x.startswith("error: cache: ")]
-    assert "[2, 2, 2, 2]" in done.stdout and len(lines) == 4, done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert f"{[2] * len(refused)}" in done.stdout and len(lines) == len(refused), done.stderr
     for line, (_, expected) in zip(lines, refused, strict=True):
         assert expected in line
 
@@ -271,6 +280,20 @@ def test_unit_that_was_cut_short_is_not_complete(small: Any) -> None:
     assert fill(index, model, out).num_made == 48
     assert file.read_bytes() == whole
     Store(out).check(index)
+
+
+def test_file_with_other_bytes_than_were_written_is_refused(small: Any) -> None:
+    index, _, out = small
+    for file in out.glob("shards/*/text/teacher-0.npy"):
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 1
+        file.write_bytes(bytes(data))
+    store = Store(out)
+    store.check(index)
+    store.attach(index)
+    numbers = np.arange(4)
+    with pytest.raises(RuntimeError, match=r"text/teacher-0.npy is damaged.*remove the folder"):
+        store.windows(numbers, numbers * 0)
 
 
 def test_cache_that_goes_away_meanwhile_is_named(small: Any) -> None:
