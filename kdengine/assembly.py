@@ -110,11 +110,10 @@ def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
     store = Store(distill.cache, with_rows=with_rows)
 
     def check() -> None:
-        # one rank is enough: this may read the whole file of the weights
-        if ranks.first:
-            check_teachers(store.manifest, distill.teachers(), distill.distill_precision)
+        check_teachers(store.manifest, distill.teachers(), distill.distill_precision)
 
-    ranks.first_then_all(check, "cache")
+    # one rank is enough: this may read the whole file of the weights
+    ranks.first_only(check, "cache")
     return store
 
 
@@ -176,7 +175,7 @@ def build_data(
     index = open_index(config, ranks, sorted(set(tokenizers.values())))
     if replay is not None:
         # one rank is enough: this looks at every file of the cache
-        ranks.first_then_all(lambda: replay.check(index) if ranks.first else None, "cache")
+        ranks.first_only(lambda: replay.check(index), "cache")
         replay.attach(index)
     loader = build_loader(
         index,

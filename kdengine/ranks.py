@@ -100,6 +100,10 @@ class Ranks:
         """
         return first_then_all(work, name, self.group)
 
+    def first_only(self, work: Callable[[], T], name: str) -> T | None:
+        """Run ``work()`` on rank 0 alone while the others wait for it; None on them."""
+        return self.first_then_all(lambda: work() if self.first else None, name)
+
 
 def first_then_all(work: Callable[[], T], name: str, group: dist.ProcessGroup | None) -> T:
     """Run ``work()`` on rank 0 of ``group`` and, when it is done, on the others.

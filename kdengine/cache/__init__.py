@@ -2,16 +2,13 @@
 """Teacher embeddings computed once: k stored crops of every image, and every caption."""
 
 from kdengine.cache.build import Summary, build_cache
-from kdengine.cache.codec import STORAGES, Storage
 from kdengine.cache.manifest import Manifest, check_teachers, hash_file
 from kdengine.cache.store import Store
 from kdengine.cache.teachers import CachedTeachers
 
 __all__ = [
-    "STORAGES",
     "CachedTeachers",
     "Manifest",
-    "Storage",
     "Store",
     "Summary",
     "build_cache",

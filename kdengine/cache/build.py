@@ -11,7 +11,7 @@ import fcntl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -102,9 +102,16 @@ def build_cache(
         for teacher, digest in zip(teachers, weights, strict=True)
     ]
     manifest = Manifest(tuple(entries), views, storage, seed, CROP_AREA, CROP_ASPECT)
-    lock = ranks.first_then_all(lambda: _begin(out, manifest) if ranks.first else None, "cache")
-    options: dict[str, Any] = {"batch_size": batch_size, "num_threads": num_threads}
-    builder = Builder(index, teachers, out, manifest, ranks=ranks, **options)
+    lock = ranks.first_only(lambda: _begin(out, manifest), "cache")
+    builder = Builder(
+        index,
+        teachers,
+        out,
+        manifest,
+        ranks=ranks,
+        batch_size=batch_size,
+        num_threads=num_threads,
+    )
     units = builder.units()
     num_made = builder.run(units, progress)
     if lock is None:

@@ -102,9 +102,7 @@ class Builder:
                 for more in self._make(units[wanted[ticket]]):
                     count(more)
             # the others wait as long as rank 0 does, and that is as long as there is progress
-            ranks.first_then_all(
-                lambda: await_total(count, total) if ranks.first else None, "cache"
-            )
+            ranks.first_only(lambda: await_total(count, total), "cache")
         return total
 
     def _is_there(self, unit: Unit) -> bool:

@@ -9,14 +9,12 @@ A stored row is a few named arrays; the name "" is the row itself.
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Storage = Literal["fp32", "bf16", "int8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
+STORAGES = ("fp32", "bf16", "int8")
 ROW, SCALE = "", "-scale"
 
 
