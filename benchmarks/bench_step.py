@@ -217,7 +217,8 @@ def measure(
             reasons[key] = f"the phases make up {row['phases_share']:.0%} of the step"
         about = {f"{who}_{what}": getattr(model, what) for what in ("flops", "parameters")
                  for who, model in (("student", student), ("teacher", teacher))}  # fmt: skip
-        case = {"case": key[0], "backend": key[1], "data": Path(shared["data"]["train_data"]).name}
+        case = {"case": key[0], "backend": key[1], "zero_stage": options.zero_stage}
+        case["data"] = Path(shared["data"]["train_data"]).name
         journal.add({**identity, **case}, **row, **about, warning=reasons.get(key), **where)
     ratio = teacher.flops / student.flops
     title = f"{identity['variant']} ({ratio:.1f} times the forward FLOPs), batch {batch}, "
@@ -259,7 +260,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024] if on_gpu else [64])
     parser.add_argument("--precision", choices=["fp32", "amp_bf16", "bf16"],
                         default="amp_bf16" if on_gpu else "fp32")  # fmt: skip
-    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=0,
+                        help="one process has nothing to shard")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20 if on_gpu else 6, help="a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
     parser.add_argument("--data", help="shards; without, Flickr8k or rendered scenes")
