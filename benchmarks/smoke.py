@@ -74,6 +74,19 @@ def rows_against_constants(module: ModuleType, x: Inputs, **options: Any) -> Ten
     return module.interactive_contrastive(*pair, *teacher, **options)
 
 
+def clusters(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
+    """Rows and the gradient of their keys from one sweep, with a margin."""
+    labels = torch.arange(len(x["image"]), device=x["image"].device).flip(0)
+    triple = (x["image"], x["text"], x["scale"])
+    return module.cluster_cross_entropy(*triple, labels, 0.2, **options)
+
+
+def rows_of_a_teacher(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
+    """The same by way of both matrices' logits."""
+    teacher = (x["teacher_image"], x["teacher_text"], 20.0)
+    return module.logit_kl(x["image"], x["text"], x["scale"], *teacher, temperature=2.0, **options)
+
+
 def log_sum_exps(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
     """Rows without one column each."""
     exclude = torch.arange(len(x["image"]), device=x["image"].device).flip(0)
@@ -105,6 +118,9 @@ CASES = {
     "two teachers": Case("similarity", two_teachers),
     "constant keys": Case("similarity", rows_against_constants),
     "log-sum-exp": Case("similarity", log_sum_exps),
+    "clusters": Case("similarity_rows", clusters),
+    "rows of a teacher": Case("similarity_rows", rows_of_a_teacher),
+    "clusters, repeated sweep": Case("similarity_rows", clusters, far=True),
     "InfoNCE, repeated sweep": Case("similarity", info_nce, far=True),
     "InfoNCE+CRD, repeated sweep": Case("similarity", one_teacher, far=True),
     "feature": Case("feature", feature),

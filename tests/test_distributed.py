@@ -16,6 +16,7 @@ SCALE, UPSTREAM = 7.0, 1.7
 WORLDS = [1, 2, 3]
 ALL = {"hard_rows": 0.3, "hard_cols": 0.9, "soft_rows": 1.1, "soft_cols": 0.4}
 HARD_ROWS = {"hard_rows": 1.0, "hard_cols": 0.0}
+ROWS = {"hard_rows": 0.7, "hard_cols": 0.0, "soft_rows": 0.6}
 SOFT = {"hard_rows": 0.0, "hard_cols": 0.0, "soft_rows": 0.6, "soft_cols": 0.8}
 # keys, columns in all by number of ranks, weights, labels given
 CASES = {
@@ -24,6 +25,9 @@ CASES = {
     "pairs, soft only": ("gathered", lambda w: w * LOCAL_ROWS, SOFT, False),
     "two captions an image": ("gathered", lambda w: 2 * w * LOCAL_ROWS, ALL, True),
     "constant keys": ("gathered", lambda w: w * LOCAL_ROWS, HARD_ROWS, False),
+    "rows, keys learn": ("gathered", lambda w: 2 * w * LOCAL_ROWS, HARD_ROWS, True),
+    "rows of one teacher": ("gathered", lambda w: 2 * w * LOCAL_ROWS, ROWS, True),
+    "class texts, rows of one teacher": ("replicated", lambda w: 17, ROWS, True),
     "class texts": ("replicated", lambda w: 4, ALL, True),
     "class texts, rows only": ("replicated", lambda w: 17, HARD_ROWS, True),
     "sharded classes": ("sharded", lambda w: 3 * w, ALL, True),
@@ -48,6 +52,8 @@ def whole(case: str, world_size: int) -> tuple[Tensor, Tensor, dict]:
             "teacher_key": (unit(cols, TEACHER_WIDTH), unit(cols, 3)),
             "teacher_scale": (20.0, 5.0),
         }
+    if "one teacher" in case:
+        options |= {k: v[:1] for k, v in options.items() if k.startswith("teacher")}
     if has_labels:
         options["labels"] = torch.randint(0, cols, (rows,))
         options["col_labels"] = torch.randint(0, rows, (cols,))

@@ -5,18 +5,16 @@ With a group each rank returns the loss of its own part and the mean over ranks 
 ``similarity_terms``. Scales multiply; teachers are constants.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine.distributed import Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale, Teachers, TeacherScales
+from kdengine.losses.rows import row_loss
 from kdengine.losses.similarity import similarity_loss
-from kdengine.losses.sweep import sweep_rows
 from kdengine.ops import feature as feature_op
 
 
@@ -165,16 +163,9 @@ def cluster_cross_entropy(
     """
     who = "cluster_cross_entropy"
     features = inputs.check_features(who, image, centroids, scale)
-    rows = sweep_rows(who, features, labels, keys, group, backend)
-    positive = rows.statistics.positive
-    if margin:
-        cosine = positive / features.scale
-        # the bound keeps the root's derivative finite at an angle of 0
-        tiny = torch.finfo(cosine.dtype).tiny
-        sine = (1 - cosine.square()).clamp(min=tiny).sqrt()
-        positive = features.scale * (cosine * math.cos(margin) - sine * math.sin(margin))
-    loss = -F.logsigmoid(positive - rows.statistics.others)
-    return rows.mean(torch.where(rows.has_positive, loss, torch.inf))
+    return row_loss(
+        who, features, labels, hard=1.0, margin=margin, keys=keys, group=group, backend=backend
+    )
 
 
 def logit_kl(

@@ -8,13 +8,15 @@ piece from which other softmaxes are built. None of them stores a matrix of rows
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kdengine import distributed
 from kdengine.distributed import Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale, Teachers, TeacherScales
-from kdengine.losses.sweep import Reduced, sweep, sweep_rows
+from kdengine.losses.rows import row_loss
+from kdengine.losses.sweep import lay_out, reduced_rows, sweep
+from kdengine.losses.terms import hard_term, soft_terms
 
 
 class SimilarityTerms(NamedTuple):
@@ -52,8 +54,10 @@ def similarity_loss(
     ``hard_rows * mean_i CE(p_i, labels_i) + hard_cols * mean_j CE(p_j, col_labels_j)
     + soft_rows * mean_i KL(q_i || p_i) + soft_cols * mean_j KL(q_j || p_j)``
 
-    Shapes, gradients, memory, communication: as ``similarity_terms``.
+    Shapes, gradients, communication: as ``similarity_terms``.
     Returns: 0-D, nats; float64 if a feature is, else float32.
+    Memory: as ``similarity_terms``; of rows alone also the gradients of query and key in float32,
+    which its forward makes where that costs fewer products (``row_loss``).
     Raises: as ``similarity_terms``; ValueError for a soft weight without a teacher.
     Source: InfoNCE (Radford et al. 2021); CLIP-KD eq. 4-10; TinyCLIP, CLIP-CID, ComKD-CLIP.
     """
@@ -68,6 +72,23 @@ def similarity_loss(
         raise ValueError(
             f"similarity_loss: soft_rows={soft_rows} and soft_cols={soft_cols} need a teacher; "
             "none came; give teacher_query, teacher_key and teacher_scale"
+        )
+    if (hard_rows or soft_rows) and not (hard_cols or soft_cols):
+        who = "similarity_loss"
+        teachers = teacher_query, teacher_key, teacher_scale
+        features = inputs.check_features(who, query, key, scale, *teachers, normalize)
+        if col_labels is not None:
+            num_rows = distributed.world_size(group) * len(query)
+            inputs.check_labels(who, "col_labels", col_labels, len(key), num_rows)
+        return row_loss(
+            who,
+            features,
+            labels,
+            hard=hard_rows,
+            soft=soft_rows,
+            keys=keys,
+            group=group,
+            backend=backend,
         )
     terms = similarity_terms(
         query,
@@ -195,30 +216,7 @@ def similarity_lse(
     """
     who = "similarity_lse"
     features = inputs.check_features(who, query, key, scale, normalize=normalize)
-    rows = sweep_rows(who, features, exclude, keys, group, backend)
-    return rows.statistics.others
-
-
-def hard_term(side: Reduced) -> Tensor:
-    """Mean cross-entropy against the labels; infinite if a label names no cell."""
-    stats = side.statistics
-    loss = -F.logsigmoid(stats.positive - stats.others)
-    return side.mean(torch.where(side.has_positive, loss, torch.inf))
-
-
-def soft_terms(side: Reduced) -> tuple[Tensor, Tensor]:
-    """Mean KL(q || p) and mean entropy of q, relative to the positives."""
-    stats, has = side.statistics, side.has_positive
-    student = log_sum(stats.others, stats.positive, has)
-    teacher = log_sum(stats.teacher_others, stats.teacher_positive, has)
-    # the teacher's mass outside the positive: everything where there is none
-    outside = torch.where(has, (stats.teacher_others - stats.teacher_positive).sigmoid(), 1)
-    shift = stats.teacher_positive - stats.positive
-    divergence = student - teacher + outside * (stats.gap - shift)
-    entropy = teacher + outside * (stats.teacher_positive - stats.teacher_mean)
-    return side.mean(divergence), side.mean(entropy).detach()
-
-
-def log_sum(others: Tensor, positive: Tensor, has: Tensor) -> Tensor:
-    """Log-sum-exp of a whole row, minus its positive (0 where there is none)."""
-    return torch.where(has, -F.logsigmoid(positive - others), others)
+    at = lay_out(who, features, keys, group)
+    if exclude is not None:
+        inputs.check_labels(who, "labels", exclude, at.num_rows, at.total_cols)
+    return reduced_rows(at, features, exclude, soft=False, backend=backend).statistics.others

@@ -69,36 +69,46 @@ def sweep(
 ) -> tuple[Reduced | None, Reduced | None]:
     """The reduced rows and columns, each where a term wants it; a flag a direction."""
     at = lay_out(who, features, keys, group)
-    device = features.query.device
-    if labels is None:
-        if hard[0]:
-            _check_default(who, "labels", "hard_rows", at.total_rows, at.total_cols)
-        labels = torch.arange(at.first_row, at.first_row + at.num_rows, device=device)
-    else:
-        inputs.check_labels(who, "labels", labels, at.num_rows, at.total_cols)
+    labels = row_labels(who, at, features, labels, hard[0])
     if col_labels is None:
         if hard[1]:
             _check_default(who, "col_labels", "hard_cols", at.total_cols, at.total_rows)
+        device = features.query.device
         col_labels = torch.arange(at.first_col, at.first_col + at.num_cols, device=device)
     else:
         inputs.check_labels(who, "col_labels", col_labels, at.num_cols, at.total_rows)
     return _run(at, features, labels, col_labels, hard, soft, backend)
 
 
-def sweep_rows(
-    who: str, features: Features, labels: Tensor | None, keys: str, group: Group, backend: str
+def reduced_rows(
+    at: Layout, features: Features, labels: Tensor | None, *, soft: bool, backend: str
 ) -> Reduced:
     """The reduced rows alone; without labels no row has a positive."""
-    at = lay_out(who, features, keys, group)
-    nowhere = torch.full((1,), -1, device=features.query.device)
+    none = nowhere(features)
     if labels is None:
-        labels = nowhere.expand(at.num_rows)
-    else:
-        inputs.check_labels(who, "labels", labels, at.num_rows, at.total_cols)
-    on = (True, False)
-    rows, _ = _run(at, features, labels, nowhere.expand(at.num_cols), on, (False, False), backend)
+        labels = none.expand(at.num_rows)
+    flags = (True, False), (soft, False)
+    rows, _ = _run(at, features, labels, none.expand(at.num_cols), *flags, backend)
     assert rows is not None
     return rows
+
+
+def row_labels(
+    who: str, at: Layout, features: Features, labels: Tensor | None, needed: bool
+) -> Tensor:
+    """Checked numbers of the rows' positives; by default row i of the global matrix has i."""
+    if labels is not None:
+        inputs.check_labels(who, "labels", labels, at.num_rows, at.total_cols)
+        return labels
+    if needed:
+        _check_default(who, "labels", "hard_rows", at.total_rows, at.total_cols)
+    device = features.query.device
+    return torch.arange(at.first_row, at.first_row + at.num_rows, device=device)
+
+
+def nowhere(features: Features) -> Tensor:
+    """(1,), the number of a positive that does not exist."""
+    return torch.full((1,), -1, device=features.query.device)
 
 
 def lay_out(who: str, features: Features, keys: str, group: Group) -> Layout:
@@ -156,7 +166,7 @@ def _run(
     # a merged side differentiates scale after the merge: the gradient belongs to its owner
     is_merged = at.num_ranks > 1 and (on_rows if at.keys == "sharded" else on_cols)
     split = is_merged and features.scale.requires_grad and torch.is_grad_enabled()
-    block, block_labels, block_col_labels = _block(at, features, labels, col_labels)
+    block, block_labels, block_col_labels = own_block(at, features, labels, col_labels)
     rows, cols = similarity(
         block.query,
         block.key,
@@ -186,7 +196,7 @@ def _run(
     )
 
 
-def _block(
+def own_block(
     at: Layout, features: Features, labels: Tensor, col_labels: Tensor
 ) -> tuple[Features, Tensor, Tensor]:
     """This rank's block of the matrix, with label numbers that count from its corner."""

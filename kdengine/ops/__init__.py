@@ -5,5 +5,6 @@ from kdengine.ops._backend import set_workspace
 from kdengine.ops.feature import feature
 from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
+from kdengine.ops.similarity_rows import similarity_rows
 
-__all__ = ["Statistics", "feature", "gradient", "set_workspace", "similarity"]
+__all__ = ["Statistics", "feature", "gradient", "set_workspace", "similarity", "similarity_rows"]

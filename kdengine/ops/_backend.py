@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op: one table and one function.
 
-A backend of an op is a module with two plain functions, ``forward`` and ``backward``, of the same
-signatures in every backend. A new one is one more entry in ``MODULES``.
+A backend of an op is a module with plain functions, ``forward`` and where the op has one
+``backward``, of the same signatures in every backend. A new one is one more entry in ``MODULES``.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ BACKENDS = ("auto", "cuda", "triton", "torch")
 MODULES = {
     ("similarity", "torch"): "kdengine.ops.similarity_torch",
     ("similarity", "triton"): "kdengine_kernels.similarity",
+    ("similarity_rows", "torch"): "kdengine.ops.similarity_rows_torch",
+    ("similarity_rows", "triton"): "kdengine_kernels.similarity_rows",
     ("gradient", "torch"): "kdengine.ops.gradient_torch",
     ("gradient", "triton"): "kdengine_kernels.gradient",
     ("feature", "torch"): "kdengine.ops.feature_torch",
@@ -66,9 +68,11 @@ def set_workspace(num_bytes: int, *, low_memory: bool = False) -> None:
     rows by Triton, 16 on torch. Less workspace costs time: strips become too low to fill a GPU.
     Default: 640 MiB on a GPU, 32 MiB on a CPU.
 
-    The float32 sum of the keys' gradient, 4 M D bytes, comes on top for low precision keys, unless
-    ``low_memory``: then one that exceeds a quarter of the workspace is made in blocks of columns,
-    for one product more a matrix (InfoNCE 5 U instead of 4, with CRD 8 instead of 6).
+    On top come the float32 gradients that ``similarity_rows`` keeps for its backward, and for low
+    precision features the float32 sum of the keys' gradients, or the queries' where those are
+    fewer, 4 D bytes each. With ``low_memory`` a sum that exceeds a quarter of the workspace is made
+    in blocks of columns, for one product more a matrix (InfoNCE 5 U instead of 4, with CRD 8
+    instead of 6), and losses of rows that would keep as much take the general way.
 
     Raises: ValueError for less than 1 MiB.
     """

@@ -13,7 +13,8 @@ arithmetic on vectors (``kdengine/losses``). For row i with positive l = labels_
 Their gradients are exact and independent, so a loss may weigh, merge over ranks, or replace any
 of them (a margin changes ``positive``). Where only the rows count and keys are constants, the
 forward also keeps ``attended_i = sum_{j != l} p_ij key_j``, all that the gradients need: two
-products instead of three. Sums without the positive keep small probabilities exact:
+products instead of three. A loss of rows alone that is one number takes ``similarity_rows``, which
+makes gradients in the forward. Sums without the positive keep small probabilities exact:
 1 - p_l is computed as p's sum over the others, never as a difference from 1.
 
 Memory: O(B + M) statistics and a few strips of the matrix, in the forward and in the backward.

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from kdengine_kernels.gradient import _pulls_kernel
 from kdengine_kernels.similarity_attend import _attend_kernel
 from kdengine_kernels.similarity_gradient import _gradient_kernel
+from kdengine_kernels.similarity_rows import GAIN, _row_gradient_kernel
 from kdengine_kernels.similarity_statistics import _statistics_kernel
 from kdengine_kernels.tuning import TABLE, Config
 
@@ -32,7 +33,9 @@ WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 INT32 = {"labels", "col_labels", "flag"}
 SIZES = {"first_row", "end_row", "num_cols", "row_stride", "row_slot", "col_stride", "col_slot"}
-SIZES |= {"part_stride", "part_slot", "num_tiles", "out_stride"}
+SIZES |= {"part_stride", "part_slot", "num_tiles", "out_stride", "logits_stride", "num_rows"}
+# of strips, whose rows begin at multiples of 16 elements
+ALIGNED = {"out_stride", "logits_stride"}
 
 
 class Usage(NamedTuple):
@@ -70,11 +73,16 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
                         name = kind + " (repeated)" * exact
                         yield name, dtype, blocks, _attend_kernel, {"EXACT": exact}
                 continue
+            if kind == "row_gradient":
+                factor = GAIN if dtype == "fp16" else 1.0
+                yield kind, dtype, blocks, _row_gradient_kernel, {"SOFT": True, "FACTOR": factor}
+                continue
             if "statistics" in kind:
-                soft = kind.startswith("dual")
-                common = {"ROWS": True, "COLS": True, "SOFT_ROWS": soft, "SOFT_COLS": soft}
+                soft, keep = "dual" in kind, kind.startswith("keep")
+                common = {"ROWS": True, "COLS": not keep, "MEANS": False}
+                common |= {"SOFT_ROWS": soft, "SOFT_COLS": soft and not keep}
                 for online in (False, True):
-                    flags = common | {"MEANS": False, "ONLINE": online}
+                    flags = common | {"KEEP": keep and not online, "ONLINE": online}
                     name = kind + " (repeated)" * online
                     yield name, dtype, blocks, _statistics_kernel, flags
                 continue
@@ -124,7 +132,7 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
     aligned: dict[Any, Any] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name == "out_stride"
+        if signature[name].startswith("*") or name in ALIGNED
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

@@ -14,6 +14,7 @@ Work: two products in all, none in the backward. Memory: the strip, ``C M`` elem
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -130,6 +131,21 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
     if matrix.left.dtype == torch.float16:
         # exponentials leave its range
         matrix = Matrix(matrix.left.float(), matrix.right.float(), matrix.scale)
+    attended = matrix.left.new_empty(matrix.left.shape, dtype=torch.float32)
+    for part, strip, total in exponentials(matrix, labels, stats[0], budget):
+        attended[part] = multiply(strip, matrix.right) / total[:, None]
+    stats[1] = positives(matrix, labels, flip=False)
+    return attended
+
+
+def exponentials(
+    matrix: Matrix, labels: Tensor, others: Tensor, budget: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Strip by strip: its rows, their exponentials without positives, and the sum of each row.
+
+    A row's exponentials are relative to a number of its own. Their sum is of what was written, but
+    1 where there is none. ``others`` (B,) is filled with log-sum-exps on the way.
+    """
     left, right, scale = matrix
     num_rows, num_cols = len(left), len(right)
     blocks = config("attend", left.itemsize)
@@ -139,7 +155,6 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
     strip = new_strip(left, height, num_cols)
     parts = left.new_empty(3, num_col_tiles, height, dtype=torch.float32)
     found = left.new_empty(3, num_rows, dtype=torch.float32)
-    attended = left.new_empty(left.shape, dtype=torch.float32)
     num_strips = triton.cdiv(num_rows, height)
     flags = torch.zeros(num_strips, dtype=torch.int32, device=left.device)
     shift = (scale.float() - HEADROOM.value).clamp(min=0)
@@ -155,13 +170,10 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
         row_side = Side(labels[part], found[:2, part], None)
         sweep(own, None, row_side, Side(labels, None, None), budget, flag)
         write(exact=True)
+        others[part] = found[0, part]
         # the sum of what was written: 1 for the exact strip, 0 where there is nothing
         total = found[2, part] * torch.exp(found[0, part] - shift)
-        divisor = torch.where((flag != 0) | (total == 0), 1.0, total)
-        attended[part] = multiply(strip[: end - first], right) / divisor[:, None]
-    stats[0] = found[0]
-    stats[1] = positives(matrix, labels, flip=False)
-    return attended
+        yield part, strip[: end - first], torch.where((flag != 0) | (total == 0), 1.0, total)
 
 
 def _write(

@@ -84,6 +84,8 @@ def _statistics_kernel(
     col_labels,
     row_parts,
     col_parts,
+    logits,
+    teacher_logits,
     flag,
     first_row,
     end_row,
@@ -93,6 +95,7 @@ def _statistics_kernel(
     row_slot,
     col_stride,
     col_slot,
+    logits_stride,
     WIDTH: tl.constexpr,
     TEACHER_WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -100,6 +103,7 @@ def _statistics_kernel(
     SOFT_ROWS: tl.constexpr,
     SOFT_COLS: tl.constexpr,
     MEANS: tl.constexpr,
+    KEEP: tl.constexpr,
     ONLINE: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -140,6 +144,10 @@ def _statistics_kernel(
         rows = row0 + tl.arange(0, BLOCK_ROWS)
         cols = col0 + tl.arange(0, BLOCK_COLS)
         row_here, col_here = rows < end_row, cols < num_cols
+        if KEEP:
+            here = row_here[:, None] & col_here[None, :]
+            place = (rows.to(tl.int64) * logits_stride)[:, None] + cols[None, :]
+            tl.store(logits + place, z, mask=here)
         row_out = row_parts + col_tile.to(tl.int64) * row_stride + rows - first_row
         col_out = col_parts + row_tile.to(tl.int64) * col_stride + cols
         if ROWS or COLS:
@@ -168,6 +176,10 @@ def _statistics_kernel(
                 TEACHER_PRECISION,
                 TMA,
             )
+            if KEEP:
+                here = row_here[:, None] & col_here[None, :]
+                place = (rows.to(tl.int64) * logits_stride)[:, None] + cols[None, :]
+                tl.store(teacher_logits + place, t, mask=here)
             q = shifted_exp(t, fixed_shift(r))
             # looked up again: masks that live through a product would take up registers
             if SOFT_ROWS:

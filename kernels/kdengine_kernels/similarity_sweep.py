@@ -47,6 +47,7 @@ class Sweep(NamedTuple):
         row_parts: (sums, tiles of columns, C).
         col_parts: (sums, tiles of rows in a strip, M).
         running: (sums, M), of the columns over the strips so far.
+        kept: (B, M) each, where the logits of student and teacher go as well, or None.
         flag: (1,) int32, not 0 where sums must be relative to their largest terms.
     """
 
@@ -58,6 +59,7 @@ class Sweep(NamedTuple):
     row_parts: Tensor
     col_parts: Tensor
     running: Tensor
+    kept: tuple[Tensor, Tensor] | None
     flag: Tensor
 
     def outputs(self, side: Side) -> Iterator[tuple[Tensor, Matrix]]:
@@ -74,13 +76,16 @@ def sweep(
     cols: Side,
     budget: int,
     flag: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fill the outputs of both sides; ``budget`` bounds the bytes of the partial sums.
 
+    ``kept`` are float32 strips of B x M, of equal strides, that are filled with the logits.
     With a ``flag`` the sweep is the repetition alone: where the flag is down it changes nothing.
     """
     num_rows, num_cols = len(student.left), len(student.right)
     kind = "statistics" if teacher is None else "dual_statistics"
+    kind = kind if kept is None else "keep_" + kind
     blocks = config(kind, student.left.itemsize)
     num_col_tiles = triton.cdiv(num_cols, blocks.cols)
     # bytes of the partial sums that one row adds
@@ -100,6 +105,7 @@ def sweep(
         new(rows.num_sums, num_col_tiles, height),
         new(cols.num_sums, height // blocks.rows, num_cols),
         new(cols.num_sums, num_cols),
+        kept,
         torch.zeros(1, dtype=torch.int32, device=student.left.device) if flag is None else flag,
     )
     for online in (False, True) if flag is None else (True,):
@@ -141,6 +147,8 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
     """Partial sums of the tiles of rows first..end."""
     student, teacher, rows, cols, blocks = run[:5]
     second = teacher or student
+    # a repetition finds them written
+    logits = None if online else run.kept
     grid = (num_programs(num_tiles, student.left.device, is_rare=online),)
     _statistics_kernel[grid](
         *student.operands(blocks),
@@ -149,6 +157,7 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
         cols.labels,
         run.row_parts,
         run.col_parts,
+        *((run.flag, run.flag) if logits is None else logits),
         run.flag,
         first,
         end,
@@ -158,6 +167,7 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
         run.row_parts.stride(0),
         run.col_parts.stride(1),
         run.col_parts.stride(0),
+        0 if logits is None else logits[0].stride(0),
         WIDTH=student.left.shape[1],
         TEACHER_WIDTH=second.left.shape[1],
         ROWS=rows.student is not None,
@@ -165,6 +175,7 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
         SOFT_ROWS=rows.teacher is not None,
         SOFT_COLS=cols.teacher is not None,
         MEANS=any(x is not None and len(x) == 3 for x in (rows.student, cols.student)),
+        KEEP=logits is not None,
         ONLINE=online,
         TMA=has_tma(student.left.device),
         BLOCK_ROWS=blocks.rows,

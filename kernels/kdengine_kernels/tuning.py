@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block sizes by kernel and operand size; no search at run time.
 
-Every entry compiles for sm_90a with WGMMA, without spilled registers and within 227 KiB of shared
-memory; ``tests/ops/test_compiled.py`` holds them to that. What bounds a tile are the registers of
-its epilogue: 128 x 256 with one accumulator, 128 x 128 with two.
+Every entry compiles for sm_90a without spilled registers and within 227 KiB of shared memory, every
+entry with a product with WGMMA; ``tests/ops/test_compiled.py`` holds them to that. What bounds a
+tile are the registers of its epilogue: 128 x 256 with one accumulator, 128 x 128 with two.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,8 @@ class Config(NamedTuple):
 
 # by kernel and bytes of an operand's element:
 #   statistics, dual_statistics   the sweep without and with a teacher
+#   keep_statistics, ...          the same of rows alone, with the logits written as well
+#   row_gradient                  the gradient of these, no product
 #   attend                        exponentials of rows, for a product with constant keys
 #   pulls                         both strips of the op gradient
 #   gradient, dual_gradient       the strip without and with a teacher in it
@@ -33,6 +35,12 @@ TABLE = {
     ("statistics", 4): Config(64, 128, 32, 8, 3),
     ("dual_statistics", 2): Config(64, 128, 64, 8, 3),
     ("dual_statistics", 4): Config(64, 64, 32, 8, 3),
+    ("keep_statistics", 2): Config(128, 256, 64, 8, 3),
+    ("keep_statistics", 4): Config(128, 128, 32, 8, 3),
+    ("keep_dual_statistics", 2): Config(64, 128, 64, 8, 3),
+    ("keep_dual_statistics", 4): Config(64, 128, 32, 8, 3),
+    ("row_gradient", 2): Config(8, 512, 1, 8, 1),
+    ("row_gradient", 4): Config(8, 512, 1, 8, 1),
     ("attend", 2): Config(64, 256, 64, 8, 3),
     ("attend", 4): Config(64, 128, 32, 8, 3),
     ("pulls", 2): Config(64, 128, 64, 8, 3),

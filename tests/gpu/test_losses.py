@@ -67,6 +67,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return runnable("similarity", request.param)
 
 
+@pytest.fixture(params=backends("similarity_rows"))
+def rows_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the losses of rows alone."""
+    return runnable("similarity_rows", request.param)
+
+
 @pytest.fixture(params=backends("feature"))
 def feature_backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the feature distance."""
@@ -144,6 +150,44 @@ def test_hard_and_soft_terms_are_accurate(mode, backend, shape, scale) -> None:
     number = torch.tensor(scale, dtype=DOUBLE, device=DEVICE)
     ours = loss_of(losses, backend=backend)
     assert_accurate(mode, ours, loss_of(reference), query, key, number)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (127, 63, 64), (1000, 3000, 512)], ids=str)
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_clusters_are_accurate(mode, rows_backend, shape, margin, scale) -> None:
+    rows, cols, width = shape
+    labels = torch.randint(0, cols, (rows,), device=DEVICE)
+    key = unit(cols, width)
+    query, key = rounded(mode, near(key[labels], 1.0), key)
+
+    def loss_of(module: Any, **more: Any) -> Callable[..., Tensor]:
+        return lambda *x: module.cluster_cross_entropy(*x, labels, margin, **more)
+
+    number = torch.tensor(scale, dtype=DOUBLE, device=DEVICE)
+    ours = loss_of(losses, backend=rows_backend)
+    assert_accurate(mode, ours, loss_of(reference), query, key, number)
+
+
+@pytest.mark.parametrize("learned", ["query and key", "query"])
+@pytest.mark.parametrize("noise", [1.0, 0.05], ids=["early", "late"])
+def test_rows_of_a_teacher_are_accurate(mode, rows_backend, noise, learned) -> None:
+    """Late in a distillation student and teacher nearly cancel."""
+    query, key = unit(1000, 512), unit(3000, 512)
+    query, key = rounded(mode, query, key)
+    teacher = rounded(mode, near(query, noise), near(key, noise))
+
+    def loss_of(module: Any, **more: Any) -> Callable[..., Tensor]:
+        def loss(query: Tensor, *rest: Tensor) -> Tensor:
+            keys, number = (key.to(query.dtype), *rest) if learned == "query" else rest
+            constant = [x.to(query.dtype) for x in teacher]
+            return module.logit_kl(query, keys, number, *constant, 50.0, **more)
+
+        return loss
+
+    number = torch.tensor(50.0, dtype=DOUBLE, device=DEVICE)
+    leaves = [query, number] if learned == "query" else [query, key, number]
+    assert_accurate(mode, loss_of(losses, backend=rows_backend), loss_of(reference), *leaves)
 
 
 def test_each_term_is_accurate(mode, backend) -> None:

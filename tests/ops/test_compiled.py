@@ -39,7 +39,9 @@ def test_every_entry_was_compiled_for_each_dtype(usages: list[dict]) -> None:
 
 
 def test_products_use_warp_group_instructions(usages: list[dict]) -> None:
-    assert [usage for usage in usages if not usage["wgmma"]] == []
+    without = {usage["kind"] for usage in usages if not usage["wgmma"]}
+    # all that makes no product
+    assert without == {"row_gradient"}
 
 
 def test_no_register_is_spilled(usages: list[dict]) -> None:

@@ -68,9 +68,9 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
     return lambda: sum(counts)
 
 
-def unit(seed: int) -> Tensor:
+def unit(seed: int, rows: int = SIZE) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
+    return F.normalize(torch.randn(rows, WIDTH, generator=generator), dim=1)
 
 
 @pytest.fixture
@@ -86,14 +86,41 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
         ("InfoNCE", 4),
         ("InfoNCE + CRD", 6),
         ("rows, constant keys", 2),
-        ("rows", 4),
-        ("rows of a teacher", 6),
+        ("rows", 3),
+        ("rows of a teacher", 4),
+        ("rows of a teacher, constant keys", 3),
     ],
 )
 def test_products_of_a_loss(
     counter: Any, large: None, backend: str, loss: str, expected: int
 ) -> None:
     assert count(counter, backend, loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("loss", "expected"), [("rows", 3), ("rows of a teacher", 4), ("rows, constant keys", 2)]
+)
+def test_products_of_more_columns_than_rows(
+    counter: Any, large: None, backend: str, loss: str, expected: int
+) -> None:
+    found = count(counter, backend, loss, shape=(SIZE // 2, 2 * SIZE))
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("teacher", "expected"), [(False, 4), (True, 6)])
+def test_products_of_rows_with_terms_of_their_own(
+    counter: Any, large: None, backend: str, teacher: bool, expected: int
+) -> None:
+    """Each term may get another upstream gradient, which only the backward knows."""
+    x, y = unit(0).requires_grad_(), unit(1).requires_grad_()
+    options: dict[str, Any] = {"hard_cols": False, "soft_cols": False, "backend": backend}
+    if teacher:
+        options |= {"teacher_query": unit(2), "teacher_key": unit(3), "teacher_scale": 20.0}
+    terms = losses.similarity_terms(x, y, 10.0, **options)
+    (terms.hard_rows + 2 * terms.soft_rows).backward()
+    assert counter() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +131,7 @@ def test_products_of_a_loss(
         ("rows, constant keys", 2),
         ("rows", 3),
         ("rows of a teacher", 4),
+        ("rows of a teacher, constant keys", 3),
     ],
 )
 def test_small_matrices_are_made_once(counter: Any, loss: str, expected: int) -> None:
@@ -127,15 +155,23 @@ def test_low_memory_makes_each_matrix_once_more(
     assert count(counter, backend, loss, torch.float16) == pytest.approx(expected)
 
 
-def count(counter: Any, backend: str, loss: str, dtype: torch.dtype = torch.float32) -> float:
+def count(
+    counter: Any,
+    backend: str,
+    loss: str,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int] = (SIZE, SIZE),
+) -> float:
     """The products of a loss and its gradients."""
-    x, y = unit(0).to(dtype).requires_grad_(), unit(1).to(dtype)
+    rows, cols = shape
+    x, y = unit(0, rows).to(dtype).requires_grad_(), unit(1, cols).to(dtype)
     options: dict[str, Any] = {"hard_cols": 0.0} if loss.startswith("rows") else {}
-    if loss != "rows, constant keys":
+    if "constant keys" not in loss:
         y.requires_grad_()
-    if loss in ("InfoNCE + CRD", "rows of a teacher"):
-        options |= {"teacher_query": unit(2), "teacher_key": unit(3), "teacher_scale": 20.0}
-        options |= {"soft_rows": 0.5, "soft_cols": options.get("hard_cols", 0.5)}
+    if "CRD" in loss or "teacher" in loss:
+        options |= {"teacher_query": unit(2, rows), "teacher_key": unit(3, cols)}
+        options |= {"teacher_scale": 20.0, "soft_rows": 0.5}
+        options |= {"soft_cols": options.get("hard_cols", 0.5)}
     losses.similarity_loss(x, y, 10.0, backend=backend, **options).backward()
     return counter()
 
