@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward of ``similarity`` where the float32 sum of the keys' gradient needs too much memory.
+"""The backward of ``similarity``: which way its strips run, and in which blocks.
 
 A strip of rows gives its rows' gradient whole, but only a part of every key's, so that these are
-summed in float32: 4 M D bytes, twice the result in low precision. In blocks of columns each key's
-sum is complete when its block is, and is rounded into the result at once. What that costs is to
-make every matrix a second time: one product more a matrix.
+summed in float32: 4 M D bytes, which every strip reads and writes. Where there are more columns
+than rows, strips run along the columns instead; that is the backward of the transposed matrix.
+
+Where the sum still needs too much memory, keys go in blocks of columns: each key's sum is complete
+when its block is, and is rounded into the result at once. What that costs is to make every matrix
+a second time: one product more a matrix.
 """
 
 from collections.abc import Sequence
@@ -43,7 +46,29 @@ def backward(
     budget: int,
     sum_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A backend's ``backward``, in blocks of columns where the sum would exceed ``sum_bytes``."""
+    """A backend's ``backward``, along the longer side, in blocks as ``sum_bytes`` asks for."""
+    # kept logits lie in rows
+    if need_key and len(key) > len(query) and not len(logits):
+        grad_key, grad_query, grad_scale = backward(
+            module,
+            [grads[i] for i in (1, 0, 3, 2)],
+            key,
+            query,
+            scale,
+            col_labels,
+            labels,
+            teacher_key,
+            teacher_query,
+            teacher_scale,
+            [statistics[i] for i in (1, 0, 3, 2)],
+            logits,
+            need_key,
+            need_query,
+            need_scale,
+            budget,
+            sum_bytes,
+        )
+        return grad_query, grad_key, grad_scale
     width = num_columns(key, sum_bytes)
 
     def run(part: slice, budget: int, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:

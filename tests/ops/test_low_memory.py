@@ -96,6 +96,31 @@ def test_the_workspace_is_all(
     assert peak <= num_bytes * KIB + results + 40 * 4 * 2 * rows, peak / KIB
 
 
+@pytest.mark.parametrize("with_teacher", [False, True], ids=["clusters", "teacher"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_hold_their_gradients_as_well(
+    backend: str, with_teacher: bool, workspace: Any
+) -> None:
+    rows, cols, width, num_bytes = 256, 1024, 128, 2048 * KIB
+    workspace(num_bytes, False)
+    x, y, u = (unit(n, width, torch.float32) for n in (rows, cols, rows))
+    leaves = [w.requires_grad_() for w in (x, y, torch.tensor(14.3))]
+    labels = torch.randint(0, cols, (rows,))
+
+    def step() -> tuple[Tensor, ...]:
+        if with_teacher:
+            teacher = (u, y.detach(), 30.0)
+            loss = losses.logit_kl(*leaves, *teacher, backend=backend)
+        else:
+            loss = losses.cluster_cross_entropy(*leaves, labels, 0.1, backend=backend)
+        return torch.autograd.grad(loss, leaves)
+
+    # what the forward made, and what the backward makes of it
+    gradients = 2 * 4 * (rows + cols) * width
+    peak = peak_bytes(step, CPU)
+    assert peak <= num_bytes + gradients + 40 * 4 * (rows + cols), peak / KIB
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_else_the_sum_comes_on_top(backend: str, workspace: Any, monkeypatch: Any) -> None:
     widths = []
@@ -109,9 +134,30 @@ def test_else_the_sum_comes_on_top(backend: str, workspace: Any, monkeypatch: An
     assert widths == [300, 256]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sum_is_of_the_shorter_side(backend: str, workspace: Any, monkeypatch: Any) -> None:
+    """Of the keys, unless there are more of them than of queries."""
+    summed = []
+    real = similarity_blocks.num_columns
+    monkeypatch.setattr(
+        similarity_blocks,
+        "num_columns",
+        lambda key, limit: summed.append(len(key)) or real(key, limit),
+    )
+    workspace(KIB, False)
+    for rows, cols in ((70, 40), (40, 70)):
+        query, key = (unit(n, 16, torch.float16).requires_grad_() for n in (rows, cols))
+        losses.similarity_lse(query, key, 9.0, backend=backend).sum().backward()
+        truth = [x.double().detach().requires_grad_() for x in (query, key)]
+        (9.0 * truth[0] @ truth[1].T).logsumexp(1).sum().backward()
+        for x, true in zip((query, key), truth, strict=True):
+            assert (x.grad - true.grad).norm() <= 2e-3 * true.grad.norm()
+    assert summed == [40, 40]
+
+
 def problem(dtype: torch.dtype) -> dict[str, Any]:
     """Repeated labels, rows and columns without a positive, two teachers."""
-    rows, cols = 200, 300
+    rows, cols = 260, 258
     labels, col_labels = torch.randint(0, cols, (rows,)), torch.randint(0, rows, (cols,))
     labels[5::7], col_labels[5::7] = -1, rows
     return {
@@ -148,7 +194,7 @@ def test_blocks_of_columns_change_nothing(backend: str, flags: dict, workspace: 
 
     workspace(1 << 20, False)
     whole = gradients()
-    # a block of 256 columns, and one of 44
+    # a block of 256 columns, and one of 2
     workspace(80 * KIB, True)
     assert similarity_blocks.num_columns(p["key"], _backend.sum_bytes(p["key"])) == 256
     for x, y in zip(gradients(), whole, strict=True):
