@@ -29,6 +29,8 @@ from kdengine.ops.row_terms import want
 # Each strip adds to the whole gradient of the key, 8 bytes a number. On a GPU strips lower than
 # this spend more on that than the products cost which they save.
 LEAST_ROWS = 256
+# the lowest strip of a GPU's backend
+STRIP_ROWS = 128
 
 
 def applies(
@@ -53,23 +55,26 @@ def applies(
     """
     if not torch.is_grad_enabled() or num_teachers > 1:
         return False
-    if not key.requires_grad:
+    need_key = key.requires_grad
+    if not need_key and not (num_teachers and (query.requires_grad or scale.requires_grad)):
         # without a teacher ``similarity`` needs no more for any upstream gradient
-        return num_teachers == 1 and (query.requires_grad or scale.requires_grad)
+        return False
     limit = _backend.sum_bytes(query)
-    if limit is not None and 4 * num_cols * key.shape[1] > limit:
+    if need_key and limit is not None and 4 * num_cols * key.shape[1] > limit:
         return False
     is_torch = _backend.name_of(backend) == "torch"
     dtype = torch.promote_types(query.dtype, key.dtype)
     if dtype == torch.float16 and margin and not is_torch:
         # the gradient at a positive has no bound, and a float16 strip needs one
         return False
-    buffers = 4 * (2 + 3 * num_teachers)
+    cell = 4 * (2 + 3 * num_teachers)
     if not is_torch:
         has_logits = num_teachers or dtype == torch.float16
-        buffers = dtype.itemsize + (4 * (1 + num_teachers) if has_logits else 0)
-    rows = _backend.workspace(query) // (buffers * num_cols)
-    return not query.is_cuda or rows >= min(len(query), LEAST_ROWS)
+        cell = dtype.itemsize + (4 * (1 + num_teachers) if has_logits else 0)
+    rows = _backend.workspace(query) // (cell * num_cols)
+    least = LEAST_ROWS if need_key else STRIP_ROWS
+    whole = (len(query) + STRIP_ROWS - 1) // STRIP_ROWS * STRIP_ROWS
+    return not query.is_cuda or rows >= min(whole, least)
 
 
 def similarity_rows(

@@ -320,7 +320,10 @@ def test_low_strips_on_a_gpu_take_the_general_way(monkeypatch: pytest.MonkeyPatc
     assert taken(cols=250_000, teachers=1, **low)
     assert not taken(cols=300_000, teachers=1, **low)
     # all rows are a strip of their own
-    assert taken(cols=300_000, teachers=1, **low | {"rows": 200})
+    assert taken(cols=300_000, teachers=1, **low | {"rows": 120})
+    # no key's gradient to add to
+    assert taken(cols=500_000, teachers=1, constant_keys=True, **low)
+    assert not taken(cols=530_000, teachers=1, constant_keys=True, **low)
 
 
 @pytest.mark.parametrize("weights", ["hard", "soft", "both"])
