@@ -7,18 +7,20 @@ The launcher's ``--local_rank`` and the customary ``--deepspeed`` switch are dro
 """
 
 import dataclasses
-import difflib
+import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from kdengine.config import RunConfig, load_recipe, recipe_names
+from kdengine.options import HELP, read, refuse_empty
 
 SHORT = {
     "--resume": "--run.resume",
@@ -26,13 +28,14 @@ SHORT = {
     "--deepspeed-config": "--train.deepspeed-config",
 }
 L = TypeVar("L", bound="Line")
-MAY_BE_EMPTY = "--distill.distill-pretrained"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
     """--section.key VALUE overrides the recipe; below are the values without that."""
 
+    matter: ClassVar[Collection[str] | None] = None
+    """Options of a run that the command depends on; None: all."""
     recipe: Annotated[
         str | None,
         arg(
@@ -41,21 +44,37 @@ class Line:
             help_behavior_hint="",
         ),
     ] = None
+    config: Annotated[RunConfig, arg(name="")] = RunConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainLine(Line):
+    """--section.key VALUE overrides the recipe; below are the values without that."""
+
     resume: Annotated[str | None, arg(metavar="latest|FOLDER", help_behavior_hint="")] = None
     """Go on from the newest checkpoint, or from one in a folder; short for --run.resume."""
     name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Name of the run's folder; short for --run.name."""
     deepspeed_config: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Also --deepspeed_config; short for --train.deepspeed-config."""
-    config: Annotated[RunConfig, arg(name="")] = RunConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLine(Line):
-    """Of a run's options these matter: data.*, distill.*, train.seed (of the crops), and
-    train.precision with distill.distill-precision (of the teachers).
-    """
+    """--section.key VALUE overrides the recipe; below are the options of a run that matter here."""
 
+    matter: ClassVar[Collection[str] | None] = (
+        "--data.train-data",
+        "--data.index-dir",
+        "--data.max-pixels",
+        "--data.workers",
+        "--distill.distill-model",
+        "--distill.distill-pretrained",
+        "--distill.distill-precision",
+        "--train.seed",
+        "--train.precision",
+        "--run.timeout-minutes",
+    )
     out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="(required)")]
     """Folder of the cache; one that is there is gone on with."""
     views: Annotated[int, arg(metavar="INT")] = 4
@@ -97,7 +116,7 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def parse(argv: Sequence[str], description: str = "", prog: str = "kdengine/train.py") -> RunConfig:
     """The configuration of a run, from the words of its command line; see ``parse_line``."""
-    return parse_line(Line, argv, description, prog).config
+    return parse_line(TrainLine, argv, description, prog).config
 
 
 def parse_line(line: type[L], argv: Sequence[str], description: str, prog: str) -> L:
@@ -107,26 +126,36 @@ def parse_line(line: type[L], argv: Sequence[str], description: str, prog: str) 
     values that the recipe gives them. What is wrong is printed with its mend, and the process
     ends with code 2.
     """
+    places = _required(line)
     try:
         refuse_empty(argv)
         recipe, rest = split(argv)
-        default = _one_length(load_recipe(recipe) if recipe else RunConfig(), rest)
-        unknown = _unknown(rest, option_names(line))
-        if unknown:
-            raise ValueError(unknown)
+        config = load_recipe(recipe) if recipe else RunConfig()
+        if HELP.intersection(rest):
+            # tyro breaks no line of a description
+            print(_wrapped(description.strip()), end="\n\n")
+            config = config if line.matter is None else _showing(config, line.matter)
+        else:
+            values = read(rest, option_types(line), [name.upper() for name in places], prog)
+            _tell_idle(values, line, prog)
+            config = _one_length(config, values)
+            # tyro would put what a section refuses into a box
+            _replaced(config, values)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if {"-h", "--help"}.intersection(rest):
-        # tyro breaks no line of a description
-        print(_wrapped(description.strip()), end="\n\n")
-    try:
-        # what Line names beside the configuration has been taken out or spelled out by now
-        start = line(**dict.fromkeys(_required(line), tyro.MISSING), config=default)
-        return tyro.cli(line, prog=prog, default=start, args=rest)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    # the short names have been spelled out by now
+    start = line(**dict.fromkeys(places, tyro.MISSING), config=config)
+    return tyro.cli(line, prog=prog, default=start, args=rest)
+
+
+def _tell_idle(values: Collection[str], line: type[Line], prog: str) -> None:
+    """Name the options of a run that mean nothing to the command: a training's line may go on."""
+    own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(line)}
+    idle = [o for o in values if line.matter is not None and o not in own.union(line.matter)]
+    # the launcher's word: once for all ranks
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"note: nothing that '{prog}' does depends on {', '.join(idle)}", file=sys.stderr)
 
 
 def _wrapped(text: str) -> str:
@@ -141,28 +170,8 @@ def _wrapped(text: str) -> str:
     return "\n\n".join(parts)
 
 
-def refuse_empty(words: Sequence[str]) -> None:
-    """Refuse an empty word: as a folder it would mean the current one, and nothing else either.
-
-    Only among ``--distill.distill-pretrained`` it stands for a teacher that has none.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    given = ""
-    for last, word in zip(["", *words], words, strict=False):
-        given = word.partition("=")[0].replace("_", "-") if word.startswith("--") else given
-        if given == MAY_BE_EMPTY:
-            continue
-        if not word.strip() or (word.startswith("--") and word.endswith("=")):
-            option = word if word.strip() else last
-            where = option.rstrip("=") if option.startswith("--") else f"after {option!r}"
-            raise ValueError(f"{where}: expected a value, got an empty text")
-
-
-def _one_length(config: RunConfig, words: Sequence[str]) -> RunConfig:
+def _one_length(config: RunConfig, given: Collection[str]) -> RunConfig:
     """Let a length given on the command line replace the recipe's, in steps or in epochs."""
-    given = {word.partition("=")[0] for word in words}
     steps, epochs = "--train.steps" in given, "--train.epochs" in given
     if steps == epochs:
         return config
@@ -179,35 +188,59 @@ def _required(line: type[Line]) -> list[str]:
     return [field.name for field in fields if field.default is dataclasses.MISSING]
 
 
-def _unknown(words: Sequence[str], known: Sequence[str]) -> str | None:
-    """Name the first option that no field has, with the nearest one that exists."""
-    for word in words:
-        if not re.match(r"--[A-Za-z]", word):
-            continue
-        option = word.partition("=")[0].replace("_", "-")
-        if option not in known and option != "--help":
-            near = difflib.get_close_matches(option, known, 1)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            return f"unknown option {word.partition('=')[0]}; {hint}"
-    return None
+def _replaced(config: Any, values: Mapping[str, Any], prefix: str = "--") -> Any:
+    """The configuration with the values of some options; each section checks its own."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        old, option = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(old):
+            changes[field.name] = _replaced(old, values, f"{option}.")
+        elif option in values:
+            changes[field.name] = values[option]
+    return dataclasses.replace(config, **changes)
 
 
-def option_names(line: type[Line] = Line) -> list[str]:
-    """Every option of the command line but the short ones, in the order of the configuration."""
-    own = [field.name for field in dataclasses.fields(line)]
-    shared = {field.name for field in dataclasses.fields(Line)} | set(_required(line))
-    names = [f"--{name.replace('_', '-')}" for name in own if name not in shared]
+def _showing(config: Any, names: Collection[str], prefix: str = "--") -> Any:
+    """The same configuration, of a type of whose options help shows these alone."""
+    cls = type(config)
+    hints, values, shown = typing.get_type_hints(cls), {}, []
+    # made at run time, which no type checker can follow
+    hide: Any = Suppress
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(value):
+            value = _showing(value, names, f"{option}.")
+            hint = type(value)
+        elif option not in names:
+            hint = hide[hint]
+        values[field.name] = value
+        shown.append((field.name, hint))
+    made = dataclasses.make_dataclass(cls.__name__, shown, bases=(cls,), frozen=True, kw_only=True)
+    made.__doc__ = cls.__doc__
+    return made(**values)
 
-    def visit(value: object, prefix: str) -> None:
-        for name in value.__dataclass_fields__:  # type: ignore[attr-defined]
-            field = getattr(value, name)
-            dashed = name.replace("_", "-")
-            if hasattr(field, "__dataclass_fields__"):
-                visit(field, f"{prefix}{dashed}.")
-            else:
-                names.append(f"--{prefix}{dashed}")
-                if isinstance(field, bool):
-                    names.append(f"--{prefix}no-{dashed}")
+
+def option_types(line: type[Line] = TrainLine) -> dict[str, Any]:
+    """Every option but the short ones, in the order of the configuration, with its type."""
+    hints = typing.get_type_hints(line)
+    shared = {field.name for field in dataclasses.fields(TrainLine)} | set(_required(line))
+    found = {
+        f"--{field.name.replace('_', '-')}": hints[field.name]
+        for field in dataclasses.fields(line)
+        if field.name not in shared
+    }
+
+    def visit(config: Any, prefix: str) -> None:
+        hints = typing.get_type_hints(type(config))
+        for field in dataclasses.fields(config):
+            value, dashed = getattr(config, field.name), field.name.replace("_", "-")
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{prefix}{dashed}.")
+                continue
+            found[f"--{prefix}{dashed}"] = hints[field.name]
+            if isinstance(value, bool):
+                found[f"--{prefix}no-{dashed}"] = bool
 
     visit(RunConfig(), "")
-    return names
+    return found

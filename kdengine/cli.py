@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from kdengine import MAX_PIXELS, arguments, errors
+from kdengine import MAX_PIXELS, errors, options
 from kdengine.evaluate.words import read_sets, refuse_folder_of_runs, run_settings
 
 DESCRIPTION = "Distil large CLIP models into small ones."
@@ -281,6 +281,16 @@ def _print(table: object) -> None:
     Console().print(table)
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Say in a line what is wrong with the words, where tyro would fill the screen."""
+    if options.HELP.intersection(words):
+        return
+    if not words or words[0] not in COMMANDS:
+        came = repr(words[0]) if words else "nothing"
+        raise ValueError(f"kdengine: expected one of {', '.join(COMMANDS)}; got {came}; see --help")
+    options.check_call(COMMANDS[words[0]], words[1:], words[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what the user can mend is one line and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -290,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(tuple(words[1:]))
         if words[:1] == ["cache"]:
             return cache(tuple(words[1:]))
-        arguments.refuse_empty(words)
+        options.refuse_empty(words)
+        _check_words(words)
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="kdengine", description=DESCRIPTION, args=words
         )

@@ -6,7 +6,9 @@
 
 Every image is embedded in a few random crops, every caption as it is, by each teacher. A command
 that was interrupted is given again: crops and captions of a shard that are complete are kept. Train
-with --distill.cache OUT.
+with --distill.cache OUT. Of a run's options train.seed is that of the crops and train.precision
+that of the teachers, where distill.distill-precision is 'auto'; a training's other options may be
+given as well, and are not used.
 """
 
 import signal

@@ -36,6 +36,7 @@ LINES = {
     "kdengine.reference": 0,
     "kdengine.config": 0,
     "kdengine.log": 0,
+    "kdengine.options": 0,
     "kdengine.stop": 0,
     "kdengine.errors": 0,
     "kdengine.durable": 0,

@@ -38,7 +38,21 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([], "kdengine: expected one of train, cache, index"),
+        (["evaluate"], "kdengine: expected one of train, cache, index, pack, eval, export"),
         (["index"], "index: expected shards, got none"),
+        (["index", "x.tar", "--workers", "two"], "--workers: expected a whole number, got 'two'"),
+        (["index", "x.tar", "--max_pixels="], "--max_pixels: expected a value, got an empty text"),
+        (["index", "x.tar", "--require", "x"], "--require: expected one of caption, label, got"),
+        (["index", "x.tar", "--worker", "2"], "unknown option --worker; did you mean --workers?"),
+        (["pack", "a.csv"], "pack: expected OUT before the options, got nothing"),
+        (["pack"], "pack: expected CSV and OUT before the options, got nothing"),
+        (["pack", "a", "b", "c"], "pack: the word 'c' belongs to no option"),
+        (["eval", "--bad-option"], "unknown option --bad-option; see --help"),
+        (["eval", "--retrieval", "a=b", "M"], "eval: expected MODEL before the options"),
+        (["eval", "M", "--batch-size", "x"], "--batch-size: expected a whole number, got 'x'"),
+        (["export", "run", "out", "--force=yes"], "--force: takes no value, got 'yes'"),
+        (["demo", "--seed"], "--seed: expected a whole number, got nothing"),
         (["index", "/nowhere/{0..3}.tar"], "shards: none of the 4 shards exists"),
         (["index", "/nowhere/0.tar"], "shards: there is no file /nowhere/0.tar"),
         (["index", "s3://bucket/0.tar"], "shards: they must be local files; got 's3://bucket/0"),
@@ -72,7 +86,7 @@ def test_a_wrong_call_ends_with_its_mend_and_code_2(
 ) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

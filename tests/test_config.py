@@ -2,11 +2,12 @@
 """Recipes, dotted overrides and what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from kdengine.arguments import option_names, parse, split
+from kdengine.arguments import CacheLine, option_types, parse, parse_line, split
 from kdengine.config import (
     Distill,
     Optim,
@@ -143,11 +144,28 @@ def test_a_length_on_the_command_line_replaces_the_recipes() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--optim.lrr 3", "did you mean --optim.lr?"),
+        ("--optim.lrr 3", "unknown option --optim.lrr; did you mean --optim.lr?"),
+        ("--lr 3", "unknown option --lr; did you mean --optim.lr?"),
+        ("--batch_size 3", "did you mean --train.batch-size or --eval.batch-size?"),
+        ("--train.foo 3", "unknown option --train.foo; see --help"),
+        ("--optim.momentum 3", "unknown option --optim.momentum; see --help"),
         ("--recipe nothing_like_it", "recipe 'nothing_like_it': no file"),
         ("--recipe", "--recipe: expected a name"),
-        ("--optim.lr -3", "expected a learning rate > 0"),
-        ("--train.zero-stage 5", "invalid choice '5'"),
+        ("--optim.lr -3", "optim.lr: expected a learning rate > 0, got -3.0"),
+        ("--method.clip-kd.fd -1", "method.clip_kd.fd: expected a weight >= 0, got -1.0"),
+        ("--train.zero-stage 5", "--train.zero-stage: expected one of 0, 1, 2, 3, got '5'"),
+        ("--train.steps abc", "--train.steps: expected a whole number, got 'abc'"),
+        ("--train.steps 1.5", "--train.steps: expected a whole number, got '1.5'"),
+        ("--train.steps=abc", "--train.steps: expected a whole number, got 'abc'"),
+        ("--optim.lr fast", "--optim.lr: expected a number, got 'fast'"),
+        ("--optim.lr --train.steps 3", "--optim.lr: expected a number, got nothing"),
+        ("--data.train-data -x", "--data.train-data: expected a text, got nothing"),
+        ("-x 3", "unknown option -x; see --help"),
+        ("--data.workers", "--data.workers: expected a whole number, got nothing"),
+        ("--train.torchcompile=yes", "--train.torchcompile: takes no value, got 'yes'"),
+        ("--train.torchcompile True", "train.py: the word 'True' belongs to no option"),
+        ("--data.train-data a.tar b.tar", "the word 'b.tar' belongs to no option; quote"),
+        ("--train.torchcompile --train.zero-stage 3", "torchcompile cannot go with zero_stage 3"),
         ("--train.steps 3 --train.epochs 3", "expected epochs or steps"),
     ],
 )
@@ -157,8 +175,99 @@ def test_a_wrong_command_line_ends_with_its_mend(
     with pytest.raises(SystemExit) as stop:
         parse(words.split())
     assert stop.value.code == 2
-    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in printed
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_good_values_of_every_kind_are_taken(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "[train]\ntorchcompile = true\nepochs = 2\n")
+    words = "--train.no-torchcompile --train.zero-stage 3 --train.epochs None --train.steps 1_000"
+    words += " --optim.lr=1e-3 --optim.grad-clip-norm None --data.train_data -3"
+    words += " --eval.retrieval a=b c=d --eval.zeroshot --data.index-dir None"
+    config = parse(["--recipe", recipe, *words.split()])
+    train = config.train
+    assert (train.torchcompile, train.zero_stage, train.epochs) == (False, 3, None)
+    assert (train.steps, config.optim.lr, config.optim.grad_clip_norm) == (1000, 1e-3, None)
+    assert (config.data.train_data, config.data.index_dir) == ("-3", None)
+    assert (config.eval.retrieval, config.eval.zeroshot) == (("a=b", "c=d"), ())
+
+
+CACHE = "out --data.train-data x.tar --distill.distill-model A"
+
+
+def parse_cache(words: str) -> CacheLine:
+    return parse_line(CacheLine, words.split(), "Cache.", "kdengine cache")
+
+
+def test_what_a_cache_takes_is_parsed() -> None:
+    words = "--train.seed 3 --train.precision amp_bf16 --data.workers 2 --run.timeout-minutes 1"
+    line = parse_cache(f"{CACHE} {words} --views 2 --storage int8 --batch-size 9")
+    assert (line.out, line.views, line.storage, line.batch_size) == ("out", 2, "int8", 9)
+    assert (line.config.train.seed, line.config.train.precision) == (3, "amp_bf16")
+    assert parse_cache("--recipe clip_kd out").config == load_recipe("clip_kd")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--views many", "--views: expected a whole number, got 'many'"),
+        ("--storage fp8", "--storage: expected one of fp32, bf16, int8, got 'fp8'"),
+        ("--views 2 more", "cache: the word 'more' belongs to no option"),
+        ("--view 3", "unknown option --view; did you mean --views?"),
+    ],
+)
+def test_a_wrong_line_of_a_cache_ends_with_its_mend(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_cache(f"{CACHE} {words}")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_what_means_nothing_to_a_cache_is_told_once(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    words = "--train.batch-size 3 --name x --model.no-grad-checkpointing --train.seed 1 --views 2"
+    line = parse_cache(f"{CACHE} {words} --optim.lr 0.5")
+    assert (line.config.train.batch_size, line.config.optim.lr) == (3, 0.5)
+    idle = "--train.batch-size, --run.name, --model.grad-checkpointing, --optim.lr"
+    told = f"note: nothing that 'kdengine cache' does depends on {idle}\n"
+    assert capsys.readouterr().err == ("" if rank == "1" else told)
+    parse_cache(f"{CACHE} --train.seed 1")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cache_without_its_folder_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_cache("--recipe clip_kd --distill.distill-model A out")
+    assert capsys.readouterr().err == "error: cache: expected OUT before the options, got nothing\n"
+
+
+def test_help_of_a_cache_lists_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse_cache("--recipe clip_kd --help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    listed = set(re.findall(r"--[a-z][a-z.-]*", printed.split("positional", 1)[1]))
+    assert listed == {
+        "--recipe",
+        "--help",
+        "--views",
+        "--storage",
+        "--batch-size",
+        *CacheLine.matter,
+    }
+    assert "Decoding threads of a rank." in printed, "the help of an option was lost"
+    assert "laion400m" in printed, "the values of the recipe were lost"
 
 
 def test_every_field_is_an_option_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +275,7 @@ def test_every_field_is_an_option_and_has_help(capsys: pytest.CaptureFixture[str
         parse(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for option in option_names():
+    for option in option_types():
         assert option in printed
 
 

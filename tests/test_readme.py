@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdengine.arguments import option_names
+from kdengine.arguments import option_types
 from kdengine.cli import COMMANDS
 from kdengine.config import recipe_names
 
@@ -56,7 +56,7 @@ def test_every_named_recipe_command_and_option_exists(repository: Path) -> None:
     commands = set(re.findall(r"kdengine (\w+)", " ".join(re.findall(r"`(kdengine \w+)", text))))
     assert commands and commands <= set(COMMANDS)
     options = {o for o in re.findall(r"(--[a-z]+\.[a-z-]+)", text) if o != "--section.key"}
-    assert options and options <= set(option_names())
+    assert options and options <= set(option_types())
 
 
 def test_the_readmes_loss_runs_and_has_gradients(repository: Path) -> None:

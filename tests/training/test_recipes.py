@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdengine.arguments import option_names
+from kdengine.arguments import option_types
 from kdengine.config import RECIPES, load_recipe, recipe_names
 
 TEACHER, STUDENT = "clip_flickr8k", "clip_kd_flickr8k"
@@ -50,7 +50,7 @@ def test_every_key_of_a_recipe_is_an_option(name: str) -> None:
     values = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     values.pop("base", None)
     options = {f"--{leaf}".replace("_", "-") for leaf in leaves(values)}
-    assert options and options <= set(option_names())
+    assert options and options <= set(option_types())
 
 
 @pytest.mark.parametrize("name", recipe_names())
