@@ -15,6 +15,7 @@ from kdengine.cache import CachedTeachers, Store, check_teachers
 from kdengine.config import RunConfig
 from kdengine.data import Replay, ViewSpec, build_loader, build_synthetic_loader, ensure_index
 from kdengine.data.progress import counted
+from kdengine.data.shards import folders_told
 from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import Student, TowerSpec
 from kdengine.ranks import Ranks
@@ -192,6 +193,8 @@ def build_data(
     }
     if index.num_listed > len(index.shards):
         rows["samples"] += f", of {index.num_listed} listed: the others hold no good sample"
+    if told := folders_told(config.data.train_data):
+        rows["shards"] = "; ".join(told)
     if index.num_quarantined:
         rows["quarantined"] += f", listed in {index.quarantine_paths[0]}"
     shards = [

@@ -33,7 +33,8 @@ def index(
     With --require label, a folder with a folder of images for each class may stand for the shards.
 
     Args:
-        shards: Files, or braces ('/data/{00000..00331}.tar'); several may be joined by '::'.
+        shards: Files, braces ('/data/{00000..00331}.tar'), or a folder: all .tar files directly in
+            it; several may be joined by '::'.
         index_dir: Folder for the index; by default beside the shards.
         tokenizers: Tokenizers whose token ids are stored, as 'simple:CONTEXT' or 'hf:NAME:CONTEXT'.
         max_pixels: An image whose header states more pixels is quarantined before any decode.

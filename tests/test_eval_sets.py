@@ -64,14 +64,31 @@ def test_only_a_probe_has_a_test_part(kind, test):
         (["a="], [], "expected 'NAME=SHARDS'"),
         (["a b=x.tar"], [], "made of letters"),
         (["a=x.tar", "a=y.tar"], [], r"given twice: \['a'\]"),
-        ([], ["a=x.tar"], "X-zeroshot.tar with X-classnames.txt"),
         ([], ["a=x.tar;imagenet"], "expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES'"),
     ],
-    ids=["no name", "path", "no shards", "blank", "twice", "no prompts", "one file"],
+    ids=["no name", "path", "no shards", "blank", "twice", "one file"],
 )
 def test_malformed_sets_are_refused(retrieval, zeroshot, match):
     with pytest.raises(ValueError, match=match):
         evaluate.parse_eval_sets(retrieval, zeroshot)
+
+
+def test_shards_without_prompts_are_refused(tmp_path):
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(ValueError, match=r"set a: .*X-zeroshot.tar with X-classnames.txt"):
+        evaluate.parse_eval_sets([], [f"a={tmp_path}/x.tar"])
+
+
+@pytest.mark.parametrize("shards", ["/nowhere/x.tar", "/nowhere/x-zeroshot.tar"])
+def test_missing_shards_are_named_before_the_prompts_that_belong_to_them(shards):
+    with pytest.raises(FileNotFoundError, match=f"^evaluation set a: shards: .*no file {shards}"):
+        evaluate.parse_eval_sets([], [f"a={shards}"])
+
+
+def test_missing_prompts_of_shards_that_are_there_are_named(tmp_path):
+    (tmp_path / "x-zeroshot.tar").touch()
+    with pytest.raises(FileNotFoundError, match="^evaluation set a: class names: .*x-classnames"):
+        evaluate.parse_eval_sets([], [f"a={tmp_path}/x-zeroshot.tar"])
 
 
 def test_missing_class_names_are_an_error_of_their_set():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdengine.data.shards import expand
+from kdengine.data.shards import existing, expand, folders_told
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,31 @@ def test_folder_stands_for_its_archives(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar", "a.txt"):
         (tmp_path / name).touch()
     assert expand(str(tmp_path)) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+
+
+def test_what_is_taken_of_folders_is_told(tmp_path: Path) -> None:
+    for name in ("b/2.tar", "b/1.tar", "b/x.txt", "b/more/3.tar", "one/1.tar", "classes/cat/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = f"{tmp_path}/b/{{1..2}}.tar::{tmp_path}/{{b,one}}::{tmp_path}/b/*.tar::{tmp_path}/b"
+    assert folders_told(spec) == [
+        f"all 2 .tar files directly in {tmp_path}/b, 1.tar to 2.tar",
+        f"the only .tar file directly in {tmp_path}/one, 1.tar",
+    ]
+    assert folders_told(f"{tmp_path}/classes") == []
+    with pytest.raises(FileNotFoundError, match="holds no .tar file"):
+        folders_told(f"{tmp_path}/b/more/..::/")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("/nowhere/a.tar", "there is no file /nowhere/a.tar"), ("/nowhere/{0..3}", "none of the 4")],
+)
+def test_shards_that_are_all_absent_are_refused(spec: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^shards: {message}"):
+        existing(spec)
+    (tmp_path / "a.tar").touch()
+    assert existing(f"{spec}::{tmp_path}/a.tar")[-1] == f"{tmp_path}/a.tar"
 
 
 def test_wildcard_is_sorted(tmp_path: Path) -> None:

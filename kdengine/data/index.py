@@ -12,12 +12,13 @@ are joined number their samples alike.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from kdengine import MAX_PIXELS
 from kdengine.data.build import Place, update
 from kdengine.data.dataset import CaptionTable, DatasetIndex, ShardIndex
-from kdengine.data.shards import expand
+from kdengine.data.shards import existing, folders_told
 from kdengine.data.store import index_root
 from kdengine.data.validate import Require, Rules
 
@@ -50,7 +51,7 @@ def ensure_index(
         require: what a sample needs besides a good image: a caption, or a class number in `.cls`
             (class folders have only labels).
         num_workers: processes; None is one a core, 0 is to stay in this one.
-        progress: show bars on stderr.
+        progress: show bars on stderr, and what is taken of a folder.
         rebuild: validate and tokenise all of it anew.
 
     Raises:
@@ -60,13 +61,12 @@ def ensure_index(
         RuntimeError: the index folder cannot be written.
     """
     _check(index_dir, max_pixels, require, num_workers)
-    paths = expand(shards)
-    if not any(os.path.exists(path) for path in paths):
-        several = f"none of the {len(paths)} shards exists; the first is {paths[0]}"
-        raise FileNotFoundError(
-            f"shards: {several if len(paths) > 1 else f'there is no file {paths[0]}'}"
-        )
+    paths = existing(shards)
     _check_folder(paths, require)
+    if progress:
+        # before the hours that all of a folder may take
+        for told in folders_told(shards):
+            print(f"shards: {told}", file=sys.stderr)
     rules = Rules(max_pixels, require)
     places = [
         Place(path, index_root(path, index_dir, rules) / os.path.basename(path)) for path in paths

@@ -30,22 +30,62 @@ def expand(spec: str | Sequence[str]) -> list[str]:
         ValueError: no shard is named, the specification is remote, or it names too many.
         FileNotFoundError: a folder or a wildcard holds no shard.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
     paths: list[str] = []
-    for part in (part for text in specs for part in os.fspath(text).split("::")):
-        if not part.strip():
-            continue
-        for path in [part] if os.path.exists(part) else _unfold(part):
-            _refuse_remote(path)
-            paths.extend(_local(os.path.abspath(os.path.expanduser(path))))
-            if len(paths) > MAX_SHARDS:
-                raise ValueError(_too_many(part))
+    for path in _named(spec):
+        paths.extend(_local(path))
+        if len(paths) > MAX_SHARDS:
+            raise ValueError(_too_many(str(spec)))
     if not paths:
         raise ValueError(
             f"shards: expected at least one shard; got {spec!r}. Give paths of .tar files, for "
             "example '/data/cc3m/{00000..00331}.tar'"
         )
     return paths
+
+
+def existing(spec: str | Sequence[str]) -> list[str]:
+    """`expand`, refusing shards of which none exists: a few of many may be missing.
+
+    Raises:
+        ValueError: see `expand`.
+        FileNotFoundError: see `expand`, or there is not one of the files.
+    """
+    paths = expand(spec)
+    if not any(os.path.exists(path) for path in paths):
+        several = f"none of the {len(paths)} shards exists; the first is {paths[0]}"
+        raise FileNotFoundError(
+            f"shards: {several if len(paths) > 1 else f'there is no file {paths[0]}'}"
+        )
+    return paths
+
+
+def folders_told(spec: str | Sequence[str]) -> list[str]:
+    """What a specification takes of folders, a sentence for each: their names say less than files'.
+
+    Raises:
+        ValueError, FileNotFoundError: see `expand`.
+    """
+    told = []
+    for path in dict.fromkeys(_named(spec)):
+        # thousands of files need not be looked at for this
+        found = [] if path.endswith(".tar") or not os.path.isdir(path) else _local(path)
+        if found not in ([], [path]):
+            found = [os.path.basename(tar) for tar in found]
+            which = f"{found[0]} to {found[-1]}" if len(found) > 1 else found[0]
+            files = "the only .tar file" if len(found) == 1 else f"all {len(found):,} .tar files"
+            told.append(f"{files} directly in {path}, {which}")
+    return told
+
+
+def _named(spec: str | Sequence[str]) -> Iterator[str]:
+    """Absolute paths of the files, folders and wildcards that a specification names."""
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    for part in (part for text in specs for part in os.fspath(text).split("::")):
+        if not part.strip():
+            continue
+        for path in [part] if os.path.exists(part) else _unfold(part):
+            _refuse_remote(path)
+            yield os.path.abspath(os.path.expanduser(path))
 
 
 def _too_many(part: str) -> str:

@@ -2,11 +2,13 @@
 """Which data sets to evaluate on, and how the configuration writes them."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kdengine.data.shards import existing
 from kdengine.evaluate.prompts import IMAGENET, read_classnames, read_templates
 
 
@@ -92,13 +94,7 @@ def parse_eval_sets(
         name, rest = _split(word)
         shards, *files = (part.strip() for part in rest.split(";"))
         if not files:
-            found = re.fullmatch(r"(.*)-zeroshot[^/]*", shards)
-            if not found:
-                raise ValueError(
-                    f"evaluation set {name}: give 'NAME=SHARDS;CLASSNAMES;TEMPLATES', or shards "
-                    f"named X-zeroshot.tar with X-classnames.txt beside them; got {word!r}"
-                )
-            files = [f"{found.group(1)}-classnames.txt", f"{found.group(1)}-templates.txt"]
+            files = _files_beside(name, shards)
         if len(files) != 2:
             raise ValueError(
                 f"evaluation set {name}: expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES', got {word!r}"
@@ -120,6 +116,23 @@ def parse_eval_sets(
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluation sets: names must differ; given twice: {sorted(twice)}")
     return sets
+
+
+def _files_beside(name: str, shards: str) -> list[str]:
+    """The files of class names and templates of X-zeroshot.tar."""
+    found = re.fullmatch(r"(.*)-zeroshot[^/]*", shards)
+    files = [f"{found[1]}-{kind}.txt" for kind in ("classnames", "templates")] if found else []
+    if not files or not os.path.exists(files[0]):
+        # a mistyped path is the nearer cause
+        with EvalSet(name=name, shards=shards, kind="retrieval").named_in_errors():
+            existing(shards)
+    if not files:
+        raise ValueError(
+            f"evaluation set {name}: expected the files of its class names and templates, as in "
+            f"'NAME=SHARDS;CLASSNAMES;TEMPLATES', or shards named X-zeroshot.tar with "
+            f"X-classnames.txt and X-templates.txt beside them; got {shards!r}"
+        )
+    return files
 
 
 def _split(word: str) -> tuple[str, str]:
