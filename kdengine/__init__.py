@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 MAX_PIXELS = 89_478_485
 """Largest image by default; Pillow, too, suspects a decompression bomb from here on (268 MB)."""
+LOCAL_DIR = "local-dir:"
+"""Before the path of a folder with a model's weights, as open_clip has it."""
 __all__ = ["MAX_PIXELS", "ClipLoss", "DistillClipLoss", "__version__", "load_model"]
 
 if TYPE_CHECKING:

@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from kdengine import arguments, errors
+from kdengine import LOCAL_DIR, arguments, errors
 from kdengine.stop import ignore_signals
 
-# what follows 'local-dir:' is a teacher
-LOCAL = "local-dir:"
 EXIT_INTERRUPTED = 130
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             f"cache: expected at least one view and a batch of at least 1; got {line.views} views "
             f"and a batch size of {line.batch_size}"
         )
-    if not config.distill.teachers() or line.out.startswith(LOCAL):
+    if not config.distill.teachers() or line.out.startswith(LOCAL_DIR):
         named = " ".join(model for model, _ in config.distill.teachers()) or "none"
         raise ValueError(
             f"cache: expected a folder OUT and teachers, got OUT {line.out} and teachers {named}; "
@@ -54,14 +52,13 @@ def main(argv: Sequence[str]) -> int:
         )
     from kdengine import assembly, job
     from kdengine.cache import build_cache, hash_file
-    from kdengine.data.summary import no_good_sample
+    from kdengine.data.summary import refuse_empty
     from kdengine.models.source import resolve
 
     me = job.start_ranks(config)
     teachers = assembly.load_teachers(config, me)
     index = assembly.open_index(config, me, sorted({t.spec.tokenizer for t in teachers}))
-    if not index.num_samples:
-        raise ValueError(f"data: {no_good_sample(index)}; see {index.quarantine_paths[0]}")
+    refuse_empty(index)
     # the files are at hand now that the teachers have been built
     files = [resolve("teacher", *named).checkpoint for named in config.distill.teachers()]
     hashes = me.broadcast([hash_file(file) for file in files if file] if me.first else None)

@@ -12,7 +12,7 @@ from rich.console import Console
 from kdengine import models, reference
 from kdengine.cli import main
 from kdengine.data.tokenize import load_tokenizer
-from kdengine.evaluate import command, evaluate_command, likeness, parse_eval_sets
+from kdengine.evaluate import command, embed, evaluate_command, likeness, parse_eval_sets
 
 NUM = 11
 
@@ -65,7 +65,7 @@ def student(name: str, seed: int) -> models.Student:
 
 def test_all_images_and_first_captions_are_compared_with_each_teacher(monkeypatch) -> None:
     monkeypatch.setattr(likeness, "ensure_index", lambda *_, **__: FakeIndex())
-    monkeypatch.setattr(likeness, "build_loader", FakeLoader)
+    monkeypatch.setattr(embed, "build_loader", FakeLoader)
     own, equal, wider = (
         student(*s) for s in (("ViT-Pico-32", 0), ("ViT-Pico-32", 1), ("ViT-Nano-64", 2))
     )
@@ -84,7 +84,7 @@ def test_all_images_and_first_captions_are_compared_with_each_teacher(monkeypatc
 
 def test_what_is_not_defined_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(likeness, "ensure_index", lambda *_, **__: FakeIndex())
-    monkeypatch.setattr(likeness, "build_loader", FakeLoader)
+    monkeypatch.setattr(embed, "build_loader", FakeLoader)
     own, teacher = student("ViT-Pico-32", 0), student("ViT-Pico-32", 1)
     flat = torch.ones(1, own.spec.embed_dim)
     monkeypatch.setattr(own.tower, "encode_image", lambda image: flat.expand(len(image), -1))

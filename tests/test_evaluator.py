@@ -18,7 +18,7 @@ from open_clip_train.train import get_clip_metrics
 from open_clip_train.zero_shot import accuracy
 
 from kdengine import evaluate, models
-from kdengine.evaluate import EvalSet, command, evaluator
+from kdengine.evaluate import EvalSet, command, embed, evaluator
 from kdengine.evaluate.command import evaluate_command
 
 
@@ -65,7 +65,7 @@ class FakeLoader:
 @pytest.fixture
 def two_sets(prompts, monkeypatch) -> list[EvalSet]:
     monkeypatch.setattr(evaluator, "ensure_index", lambda *_, **__: FakeIndex())
-    monkeypatch.setattr(evaluator, "build_loader", FakeLoader)
+    monkeypatch.setattr(embed, "build_loader", FakeLoader)
     FakeLoader.closed = 0
     return evaluate.parse_eval_sets(["pairs=x.tar"], [f"c10={prompts}/cifar-zeroshot.tar"])
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdengine import LOCAL_DIR
 from kdengine.data.progress import counted
 from kdengine.models import TowerSpec
-from kdengine.models.source import LOCAL, Source, resolve
+from kdengine.models.source import Source, resolve
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -229,7 +230,7 @@ def _named(model: str, pretrained: str | None) -> str:
 
 def _at_hand(model: str, pretrained: str | None) -> Source | None:
     """A teacher whose files are on this machine, found without network."""
-    local = model.startswith(LOCAL) and Path(model.removeprefix(LOCAL)).is_dir()
+    local = model.startswith(LOCAL_DIR) and Path(model.removeprefix(LOCAL_DIR)).is_dir()
     if local or (pretrained and os.path.isfile(pretrained)):
         return resolve("teacher", model, pretrained)
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kdengine.data.batches import Loader, check_names
 from kdengine.data.shardloader import EvalLoader, TrainLoader
-from kdengine.data.summary import no_good_sample
+from kdengine.data.summary import refuse_empty
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def build_loader(
             cannot read or decode a sample although the index lists it, because a shard was changed
             since; the message names both.
     """
-    if not index.num_samples:
-        raise ValueError(f"data: {no_good_sample(index)}; see {index.quarantine_paths[0]}")
+    refuse_empty(index)
     if train and index.classes is not None:
         folder = index.shards[0].tar
         raise ValueError(f"data: training reads shards, and {folder} holds class folders")

@@ -64,6 +64,16 @@ def _footer(index: DatasetIndex) -> str:
     return "\n".join(lines)
 
 
+def refuse_empty(index: DatasetIndex, who: str = "data: ") -> None:
+    """Refuse an index without a good sample.
+
+    Raises:
+        ValueError: why it is empty, and where that is listed.
+    """
+    if not index.num_samples:
+        raise ValueError(f"{who}{no_good_sample(index)}; see {index.quarantine_paths[0]}")
+
+
 def no_good_sample(index: DatasetIndex) -> str:
     """Why an index is empty, in a sentence without a subject, with the mend where one is known."""
     counts = index.summary()

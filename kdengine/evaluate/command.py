@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from kdengine import MAX_PIXELS
+from kdengine import LOCAL_DIR, MAX_PIXELS
 from kdengine.evaluate.evaluator import run_evaluation
 from kdengine.evaluate.likeness import likeness_of_sets, likeness_table
 from kdengine.evaluate.sets import EvalSet
@@ -80,6 +80,6 @@ def open_model(model: str) -> Student:
         FileNotFoundError, ValueError, RuntimeError: see ``load_model``.
     """
     name, at, pretrained = model.rpartition("@")
-    if not at or Path(model).is_dir() or model.startswith("local-dir:"):
+    if not at or Path(model).is_dir() or model.startswith(LOCAL_DIR):
         return load_model(model)
     return load_model(name, pretrained)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdengine import distributed
-from kdengine.models import TwoTower
+from kdengine.data import DatasetIndex, Loader, ViewSpec
+from kdengine.data.loader import build_loader
+from kdengine.models import TowerSpec, TwoTower
 
 Tokenizer = Callable[[list[str]], Any]
 ShouldStop = Callable[[], bool]
@@ -21,6 +23,45 @@ ShouldStop = Callable[[], bool]
 
 class Abandoned(Exception):
     """The caller's ``should_stop`` asked to give up; raised on all ranks together."""
+
+
+def image_loader(
+    spec: TowerSpec,
+    index: DatasetIndex,
+    batch_size: int,
+    num_threads: int,
+    device: torch.device | str,
+    group: ProcessGroup | None = None,
+) -> Loader:
+    """One pass over the images of an index, as a model of this spec wants them.
+
+    Args:
+        spec: what the model eats.
+        index: from ``ensure_index``.
+        batch_size: images on each rank.
+        num_threads: decoding threads.
+        device: where to decode.
+        group: the ranks that share the images; None for one process.
+
+    Raises:
+        ValueError, RuntimeError: see ``build_loader``.
+    """
+    where = torch.device(device)
+    device_id = None
+    if where.type == "cuda":
+        device_id = torch.cuda.current_device() if where.index is None else where.index
+    return build_loader(
+        index,
+        views={"image": ViewSpec.like(spec.preprocess)},
+        tokenizers={},
+        batch_size=batch_size,
+        rank=distributed.rank(group),
+        world_size=distributed.world_size(group),
+        num_threads=num_threads,
+        seed=0,
+        train=False,
+        device_id=device_id,
+    )
 
 
 @torch.no_grad()

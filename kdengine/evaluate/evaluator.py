@@ -15,14 +15,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kdengine import distributed
+from kdengine.data import Loader
 from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
-from kdengine.data.loader import build_loader
 from kdengine.data.progress import Progress
-from kdengine.data.summary import no_good_sample
+from kdengine.data.summary import refuse_empty
 from kdengine.data.tokenize import load_tokenizer
-from kdengine.data.views import ViewSpec
 from kdengine.evaluate.classes import Contest, contest
-from kdengine.evaluate.embed import Abandoned, ShouldStop, embed_images
+from kdengine.evaluate.embed import Abandoned, ShouldStop, embed_images, image_loader
 from kdengine.evaluate.probe import NUM_FITS, linear_probe, probe_labels
 from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
@@ -172,19 +171,9 @@ class Evaluator:
                 model, loaders[0], labels, names, templates, self.tokenizer, **shared
             )
 
-    def _loader(self, index: DatasetIndex) -> Any:
-        preprocess = self.spec.preprocess
-        return build_loader(
-            index,
-            views={"image": ViewSpec.like(preprocess)},
-            tokenizers={},
-            batch_size=self.batch_size,
-            rank=distributed.rank(self.group),
-            world_size=distributed.world_size(self.group),
-            num_threads=self.num_threads,
-            seed=0,
-            train=False,
-            device_id=_device_id(self.device),
+    def _loader(self, index: DatasetIndex) -> Loader:
+        return image_loader(
+            self.spec, index, self.batch_size, self.num_threads, self.device, self.group
         )
 
 
@@ -233,8 +222,7 @@ def _open(
             for part in one.parts()
         )
         for index in indexes:
-            if index.num_samples == 0:
-                raise ValueError(f"{no_good_sample(index)}; see {index.quarantine_paths[0]}")
+            refuse_empty(index, who="")
             tars = [shard.tar for shard in index.shards]
             if twice := {tar for tar in tars if tars.count(tar) > 1}:
                 raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
@@ -273,9 +261,3 @@ def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:
     source = dist.get_global_rank(group, 0)
     for buffer in model.buffers():
         dist.broadcast(buffer, src=source, group=group)
-
-
-def _device_id(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index

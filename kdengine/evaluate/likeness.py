@@ -4,18 +4,15 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
-from kdengine.data.loader import build_loader
 from kdengine.data.progress import Progress
 from kdengine.data.tokenize import load_tokenizer
-from kdengine.data.views import ViewSpec
-from kdengine.evaluate.embed import embed_images, embed_texts
+from kdengine.evaluate.embed import embed_images, embed_texts, image_loader
 from kdengine.evaluate.sets import EvalSet
 from kdengine.methods.likeness import MODALITIES, key, likeness
 from kdengine.models import Features, Student
@@ -83,20 +80,9 @@ def embed_pairs(
 ) -> Features:
     """Unit embeddings of all images and first captions of a set, in the order of its samples."""
     tower, spec = model
-    seen, num = spec.preprocess, index.num_samples
+    num = index.num_samples
     firsts = [captions[0] for captions in index.texts(np.arange(num))]
-    loader: Any = build_loader(
-        index,
-        views={"image": ViewSpec.like(seen)},
-        tokenizers={},
-        batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        num_threads=num_threads,
-        seed=0,
-        train=False,
-        device_id=torch.cuda.current_device() if torch.device(device).type == "cuda" else None,
-    )
+    loader = image_loader(spec, index, batch_size, num_threads, device)
     try:
         with Progress(sys.stderr.isatty()) as bars:
             advance = bars.begin(f"compare {name}", "batches", 2 * -(-num // batch_size))

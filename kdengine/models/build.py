@@ -15,7 +15,8 @@ import open_clip
 import torch
 from torch import nn
 
-from kdengine.models.source import LOCAL, Source, resolve
+from kdengine import LOCAL_DIR
+from kdengine.models.source import Source, resolve
 from kdengine.models.spec import TowerSpec
 from kdengine.models.towers import Student, Teacher, TwoTower
 
@@ -114,7 +115,7 @@ def load_model(model: str | Path, pretrained: str | None = None) -> Student:
     """
     name = str(model)
     if ":" not in name and Path(name).is_dir():
-        name = LOCAL + name
+        name = LOCAL_DIR + name
     source = resolve("model", name, pretrained)
     if source.checkpoint is None:
         raise ValueError(

@@ -17,10 +17,11 @@ from typing import Any
 import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 
+from kdengine import LOCAL_DIR
 from kdengine.models.spec import PreprocessSpec, TowerSpec, tokenizer_id
 
 CONFIGS = Path(__file__).parent / "configs"
-LOCAL, HUB = "local-dir:", "hf-hub:"
+HUB = "hf-hub:"
 CONFIG_FILE = "open_clip_config.json"
 # the order in which open_clip searches a folder
 WEIGHT_FILES = (
@@ -65,8 +66,8 @@ def resolve(role: str, model: str, pretrained: str | None = None) -> Source:
     who = f"{role} {model}"
     preprocess: dict[str, Any] = {}
     checkpoint: str | None
-    if model.startswith(LOCAL):
-        folder = Path(model.removeprefix(LOCAL))
+    if model.startswith(LOCAL_DIR):
+        folder = Path(model.removeprefix(LOCAL_DIR))
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{who}: the folder {folder} does not exist; train that model first (a run that "
@@ -120,8 +121,8 @@ def _spec(
 def _read_config(who: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{who}: no model configuration {path}; give {LOCAL}FOLDER with an {CONFIG_FILE} in "
-            f"it, a JSON file, or a name; kdengine's own are {', '.join(student_configs())}"
+            f"{who}: no model configuration {path}; give {LOCAL_DIR}FOLDER with an {CONFIG_FILE} "
+            f"in it, a JSON file, or a name; kdengine's own are {', '.join(student_configs())}"
         )
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
@@ -144,20 +145,20 @@ def _named_config(who: str, given: str, name: str) -> dict[str, Any]:
         # open_clip's names may hold a slash, as in ViT-B/32; anything else with one is a path
         if os.path.exists(given):
             raise ValueError(
-                f"{who}: this is a path; a folder is given as {LOCAL}{given}, a configuration as a "
-                "file that ends in .json"
+                f"{who}: this is a path; a folder is given as {LOCAL_DIR}{given}, a configuration "
+                "as a file that ends in .json"
             )
         if "/" in given or given.startswith((".", "~")):
             raise FileNotFoundError(
                 f"{who}: there is no such folder; give the folder of an export or of a run, "
-                f"{LOCAL}FOLDER, a JSON file, or the name of a model"
+                f"{LOCAL_DIR}FOLDER, a JSON file, or the name of a model"
             )
         names = [*student_configs(), *open_clip.list_models()]
         near = difflib.get_close_matches(name, names, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models();"
         raise ValueError(
             f"{who}: there is no model of this name; {hint} kdengine's own: "
-            f"{', '.join(student_configs())}; or give {LOCAL}FOLDER or the path of a JSON file"
+            f"{', '.join(student_configs())}; or give {LOCAL_DIR}FOLDER or the path of a JSON file"
         )
     return copy.deepcopy(config)
 
@@ -245,5 +246,5 @@ def _no_download(who: str, what: str, hub: str | None, error: Exception) -> Runt
     origin = f" (Hugging Face: {hub})" if hub else ""
     return RuntimeError(
         f"{who}: could not fetch {what}{origin}: {reason}. Without network: download the weights "
-        f"on another machine and give the file as pretrained, or a folder as {LOCAL}PATH"
+        f"on another machine and give the file as pretrained, or a folder as {LOCAL_DIR}PATH"
     )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdengine import LOCAL_DIR
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SIMPLE_VOCABULARY = 49408
@@ -112,7 +114,7 @@ def tokenizer_id(model_cfg: Mapping[str, Any], name: str) -> str:
     plain = {k: str(v).lower() if isinstance(v, bool) else v for k, v in options.items()}
     query = "?" + urllib.parse.urlencode(sorted(plain.items())) if plain else ""
     if source := text.get("hf_tokenizer_name"):
-        source = name.removeprefix("local-dir:") if name.startswith("local-dir:") else source
+        source = name.removeprefix(LOCAL_DIR) if name.startswith(LOCAL_DIR) else source
         return f"hf:{source}:{context}{query}"
     if (size := text.get("vocab_size", SIMPLE_VOCABULARY)) < SIMPLE_VOCABULARY:
         raise ValueError(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdengine import LOCAL_DIR
 from kdengine.log import EVALUATIONS, METRICS, read
 
 CONFIG = "config.toml"
 FILES = (CONFIG, METRICS, EVALUATIONS)
-LOCAL = "local-dir:"
 # buffers of batch norms and masks in an exported state dict are no parameters
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "attn_mask")
 
@@ -65,7 +65,7 @@ class Record:
         """The exported models that taught the run."""
         named = self.get("distill", "distill_model") if self.distilled else []
         names = named if isinstance(named, list) else [named]
-        folders = (str(n).removeprefix(LOCAL) for n in names if str(n).startswith(LOCAL))
+        folders = (str(n).removeprefix(LOCAL_DIR) for n in names if str(n).startswith(LOCAL_DIR))
         return [Path(folder).resolve() for folder in folders]
 
 
