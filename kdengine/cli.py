@@ -279,7 +279,8 @@ def _export_latest(run: str, out: str) -> str:
 def _print(table: object) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    # tables fit; a path is not cut
+    Console().print(table, crop=False)
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -123,6 +123,19 @@ def test_the_command_shows_and_writes_the_likeness_on_real_photos(
     assert ["coco", "another", "texts", *told] in rows
 
 
+def test_the_table_says_why_a_cosine_is_missing() -> None:
+    values = {"a/cka/image": 0.5, "a/cka/text": 0.25}
+    values |= {f"a/{name}_1": 0.125 for name in ("cosine/image", "cosine/text", "cka/image")}
+    sets = parse_eval_sets(["a=x.tar"], [])
+    told = words(likeness.likeness_table(values, sets, 64, {"big": 128, "like": 64}))
+    rows = [" ".join(line.replace("\u2502", " ").split()) for line in told.splitlines()]
+    assert "a big images - (64 and 128 wide) 0.500" in rows
+    assert "a like images 0.125 0.125" in rows and "a like texts 0.125 -" in rows
+    assert "no cosine of unequal widths" in " ".join(rows)
+    alike = words(likeness.likeness_table(values, sets, 64, {"like": 64}))
+    assert "unequal" not in alike
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the evaluation was asked for; nothing is evaluated."""
@@ -167,7 +180,7 @@ def test_a_teacher_without_use_or_existence_is_refused(
 def test_a_teacher_that_cannot_be_loaded_is_named_before_anything_is_evaluated(
     monkeypatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command, "run_evaluation", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(command, "Evaluator", lambda *_, **__: pytest.fail("evaluated"))
     tower, spec = models.build_student("ViT-Pico-32", seed=0)
     models.export_student(tower.state_dict(), spec, tmp_path / "student")
     with pytest.raises(ValueError, match="ViT-Pico-32: it has no weights"):

@@ -183,7 +183,19 @@ def test_command_keeps_off_the_gpu_when_told(monkeypatch, accelerator, device):
     monkeypatch.setenv("DS_ACCELERATOR", accelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "open_model", lambda _: (Tower(), None))
-    monkeypatch.setattr(command, "run_evaluation", lambda *_, **options: seen.update(options) or {})
+
+    class Runner:
+        """Evaluates nothing."""
+
+        sets = indexes = ()
+
+        def __init__(self, *_, **options):
+            seen.update(options)
+
+        def run(self, tower):
+            return {}
+
+    monkeypatch.setattr(command, "Evaluator", Runner)
     evaluate_command("anything", [EvalSet(name="x", shards="x.tar", kind="retrieval")])
     assert seen["device"] == device
 
@@ -273,4 +285,8 @@ def test_command_evaluates_an_exported_folder(photos, test_data, tmp_path):
     )
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found == {k: v for k, v in expected.items() if k.startswith("cifar10/")}
-    assert table.row_count == 4
+    (metrics,) = table.renderables
+    assert metrics.row_count == 5
+    assert [list(column.cells)[-1] for column in metrics.columns] == [
+        "cifar10", "quarantined", "0 of 2,000"
+    ]  # fmt: skip

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from kdengine import LOCAL_DIR, MAX_PIXELS
-from kdengine.evaluate.evaluator import run_evaluation
+from kdengine.evaluate import left_out
+from kdengine.evaluate.evaluator import Evaluator
 from kdengine.evaluate.likeness import likeness_of_sets, likeness_table
 from kdengine.evaluate.sets import EvalSet
 from kdengine.log import metrics_table
@@ -29,7 +30,7 @@ def evaluate_command(
     num_threads: int = 4,
     out: str | Path | None = None,
     title: str | None = None,
-) -> Table | Group:
+) -> Group:
     """Evaluate a model on sets of images, on the GPU if there is one (see ``on_gpu``).
 
     Args:
@@ -46,7 +47,8 @@ def evaluate_command(
         title: of the table; the model by default.
 
     Returns:
-        A table of all metrics; with teachers a second one, of the likeness to each.
+        A table of all metrics and of how many images were quarantined; with teachers a second one,
+        of the likeness to each; lines about what was not evaluated.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: see ``load_model`` and ``Evaluator``.
@@ -61,16 +63,22 @@ def evaluate_command(
         "num_threads": num_threads,
         "device": device,
     }
-    metrics = run_evaluation(tower.to(device), spec, sets, progress=True, **options)
+    evaluator = Evaluator(spec, sets, progress=True, **options)
+    metrics = evaluator.run(tower.to(device))
     assert metrics is not None
-    table: Table | Group = metrics_table(metrics, title or model)
+    table = metrics_table(metrics, title or model)
+    left_out.add_rows(table, evaluator)
+    parts: list[RenderableType] = [table]
     if others:
         alike = likeness_of_sets(Student(tower, spec), list(others.values()), sets, **options)
-        table = Group(table, likeness_table(alike, sets, list(others)))
+        widths = {name: other.spec.embed_dim for name, other in others.items()}
+        parts.append(likeness_table(alike, sets, spec.embed_dim, widths))
         metrics |= alike
+    # whole paths, to be copied
+    parts += [Text(line, no_wrap=True, overflow="ignore") for line in left_out.remarks(evaluator)]
     if out is not None:
         Path(out).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    return table
+    return Group(*parts)
 
 
 def open_model(model: str) -> Student:

@@ -3,7 +3,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -105,21 +105,37 @@ def embed_pairs(
     return Features(image, text, tower.log_scale.detach().exp())
 
 
-def likeness_table(values: dict[str, float], sets: Sequence[EvalSet], teachers: list[str]) -> Table:
-    """A row for each set, teacher and modality."""
+def likeness_table(
+    values: Mapping[str, float], sets: Sequence[EvalSet], width: int, teachers: Mapping[str, int]
+) -> Table:
+    """A row for each set, teacher and modality.
+
+    Args:
+        values: from ``likeness_of_sets``.
+        sets: of the evaluation.
+        width: of the student's embeddings.
+        teachers: widths of the teachers, by their names.
+    """
     table = Table(title="student and teacher", title_justify="left", caption_justify="left")
     for column in ("set", "teacher", "of"):
         table.add_column(column)
     for column in ("cosine", "CKA"):
         table.add_column(column, justify="right")
     for one in (one for one in sets if one.kind == "retrieval"):
-        for number, teacher in enumerate(teachers):
+        for number, (teacher, other) in enumerate(teachers.items()):
             for modality in MODALITIES:
                 cells = [
                     values.get(f"{one.name}/{key(measure, modality, number)}")
                     for measure in ("cosine", "cka")
                 ]
                 told = ["-" if value is None else f"{value:.3f}" for value in cells]
+                if width != other:
+                    told[0] = f"- ({width} and {other} wide)"
                 table.add_row(one.name, teacher, f"{modality}s", *told)
-    table.caption = "all images, first captions; CKA: debiased, linear; cosine: of equal widths"
+    table.caption = "all images, first captions; CKA: debiased, linear"
+    if set(teachers.values()) != {width}:
+        table.caption += (
+            "; no cosine of unequal widths: an export lacks the heads that training brings one "
+            "into the other by"
+        )
     return table
