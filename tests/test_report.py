@@ -10,7 +10,7 @@ import pytest
 
 from kdengine import data, models
 from kdengine.config import RunConfig, from_dict, to_toml
-from kdengine.report import curves, metrics, runs, samples, verdict, write_report
+from kdengine.report import curves, marks, metrics, runs, samples, verdict, write_report
 
 METRICS = {
     "pets/zeroshot-top1": 0.4,
@@ -219,10 +219,31 @@ def test_dots_of_equal_results_lie_apart(tmp_path):
     shares = [m for m in metrics.collect(found) if m.kind == "share"]
     drawn = curves.draw_results(found, shares, set())
     for i in range(3):
-        style = f"fill: {curves.colour(i).lower()}"
+        style = f"fill: {marks.colour(i).lower()}"
         assert drawn.count(style) >= len(shares)
     places = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill', drawn)
     assert len(places) == len(set(places)) == 3 * len(shares)
+
+
+def test_28_runs_are_told_apart_in_spots_keys_dots_and_lines():
+    numbers = range(28)
+    assert len({marks.swatch(i) for i in numbers}) == len({marks.stroke(i) for i in numbers}) == 28
+    assert len({(marks.colour(i), marks.dot(i)) for i in numbers}) == 28
+    assert len({(marks.colour(i), str(marks.dashes(i))) for i in numbers}) == 28
+    # few runs need no style to read
+    assert {marks.dot(i) for i in range(7)} == {"o"}
+    assert {marks.dashes(i) for i in range(7)} == {"solid"}
+
+
+def test_the_eighth_run_has_its_style_wherever_it_is_drawn(tmp_path):
+    folders = [make_run(tmp_path / f"run{i}") for i in range(8)]
+    text, _ = report(*folders)
+    assert f'<i class="swatch square" style="background:{marks.colour(0)}">' in text
+    assert f'stroke="{marks.colour(0)}" stroke-width="2" stroke-dasharray="10 4"' in text
+    lines = {i: ([0.0, 1.0], [0.5, i]) for i in (0, 7)}
+    drawn = curves.draw_curve(curves.Curve("t", "u", lines), [f"r{i}" for i in range(8)], "c0")
+    strokes = re.findall(rf'style="fill: none; (stroke[^"]*{marks.colour(0).lower()}[^"]*)"', drawn)
+    assert len(strokes) == 2 and len(set(strokes)) == 2, strokes
 
 
 def test_of_several_teachers_the_best_counts(tmp_path, pair):

@@ -14,13 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from kdengine.report import likeness
+from kdengine.report.marks import colour, dashes, dot
 from kdengine.report.markup import Html
 from kdengine.report.metrics import Metric
 from kdengine.report.runs import Record, points
 
-# Okabe and Ito: told apart with every kind of colour vision; yellow is too pale for lines
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
 # points drawn of a curve, and points from which a moving average stands for it
 MAX_POINTS, SMOOTH_FROM, WINDOWS = 300, 80, 25
@@ -68,11 +66,6 @@ class Curve:
     measured: bool = False
     smooth: bool = True
     hint: str = ""
-
-
-def colour(number: int) -> str:
-    """The colour of a run, by its position."""
-    return PALETTE[number % len(PALETTE)]
 
 
 def training_curves(runs: Sequence[Record]) -> list[Curve]:
@@ -144,8 +137,8 @@ def _line(
     axes: Any, i: int, steps: list[float], values: list[float], curve: Curve
 ) -> tuple[float, float]:
     x, y = _thin(np.array(steps), np.array(values))
-    options = {"color": colour(i), "linestyle": DASHES[i // len(PALETTE) % len(DASHES)]}
-    marker = "o" if curve.measured or len(x) == 1 else None
+    options = {"color": colour(i), "linestyle": dashes(i)}
+    marker = dot(i) if curve.measured or len(x) == 1 else None
     if len(x) < SMOOTH_FROM or curve.measured or not curve.smooth:
         axes.plot(x, y, linewidth=1.8, marker=marker, markersize=4, **options)
         return float(x[-1]), float(y[-1])
@@ -253,8 +246,8 @@ def draw_results(runs: Sequence[Record], metrics: Sequence[Metric], aside: set[i
                         100 * value,
                         # each run has its height, or equal results would hide each other
                         row + (lane - (len(shown) - 1) / 2) * STEP / row_height,
-                        marker="D" if hollow else "o",
-                        markersize=5 if hollow else 7,
+                        marker=dot(i),
+                        markersize=6 if hollow else 7,
                         color=colour(i),
                         markerfacecolor="white" if hollow else colour(i),
                         markeredgewidth=1.6 if hollow else 0.8,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdengine.report import curves, likeness
+from kdengine.report.marks import stroke, swatch
 from kdengine.report.markup import Html, note, render, tag
 from kdengine.report.metrics import ARROW, DASH, Metric, best_runs, is_zero, signed
 from kdengine.report.runs import Record, teachers
 from kdengine.report.samples import Samples
-from kdengine.report.tables import heads, number, swatch, table
+from kdengine.report.tables import heads, number, table
 from kdengine.report.verdict import Pair, contestants, mean_gain
 
 MARKS = {True: ("right", "\u2713"), False: ("wrong", "\u2717")}
@@ -182,7 +183,7 @@ def charts(runs: Sequence[Record], metrics: Sequence[Metric]) -> Html:
         caption = [tag("b", curve.title), tag("small", curve.hint) if curve.hint else None]
         drawing = curves.draw_curve(curve, [run.name for run in runs], f"c{n}")
         figures.append(tag("figure", tag("figcaption", caption), drawing, class_="card"))
-    key = [tag("span", swatch(i), run.name, class_="key") for i, run in enumerate(runs)]
+    key = [tag("span", stroke(i), run.name, class_="key") for i, run in enumerate(runs)]
     hint = None
     if any(len(run.steps) >= curves.SMOOTH_FROM for run in runs):
         hint = tag("p", "Thin: as logged. Thick: moving average.", class_="hint")

@@ -6,15 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdengine.log import duration
-from kdengine.report.curves import colour
+from kdengine.report.marks import swatch
 from kdengine.report.markup import Html, note, render, tag
 from kdengine.report.metrics import DASH
 from kdengine.report.runs import Record, image_size, num_parameters, num_ranks
-
-
-def swatch(number: int) -> Html:
-    """A spot in the colour of a run."""
-    return tag("i", class_="swatch", style=f"background:{colour(number)}")
 
 
 def heads(runs: Sequence[Record], say: Callable[[Record], Any] = lambda run: None) -> list[Html]:
