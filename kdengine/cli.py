@@ -114,6 +114,8 @@ def evaluate(
 ) -> int:
     """Evaluate an exported folder, a run, or an open_clip model on sets of images.
 
+    SHARDS are written as for 'kdengine index'.
+
     For classes, a folder with a folder of images for each may stand for the shards. They are named
     by class names, class numbers (from 0) or WordNet ids; classes without a folder do not compete.
 

@@ -50,7 +50,7 @@ def test_quarantined_images_and_lost_shards_are_told(student: str, tmp_path: Pat
     shard(folder / "1.tar", {"worse": b"<html>"})
     lines = told(capsys, student, "--retrieval", f"pairs={folder}/{{0..2}}.tar", f"all={folder}")
     assert "pairs quarantined 2 of 7" in lines and "all quarantined 2 of 7" in lines
-    assert "pairs: of 3 shards some are not read whole: archive-missing 1" in lines
+    assert "pairs: not all of 3 shards could be read whole: archive-missing 1" in lines
     listed = next(line for line in lines if line.startswith("pairs: causes are listed in "))
     assert "worse" in Path(listed.removeprefix("pairs: causes are listed in ")).read_text()
     assert f"all: all 2 .tar files directly in {folder}, 0.tar to 1.tar" in lines
@@ -70,6 +70,6 @@ def test_class_folders_without_a_good_image_are_named(student: str, tmp_path: Pa
     lines = told(capsys, student, *words, "--probe", f"p={tmp_path}/train;{tmp_path}/test")
     assert "z quarantined 1 of 2" in lines and "p quarantined, TEST 1 of 2" in lines
     assert "p quarantined, TRAIN 0 of 4" in lines
-    assert "z: 3 of 4 class folders hold no good image: b, c, d" in lines
-    assert "p, TEST: 3 of 4 class folders hold no good image: b, c, d" in lines
+    assert "z: no good image in 3 of 4 class folders: b, c, d" in lines
+    assert "p, TEST: no good image in 3 of 4 class folders: b, c, d" in lines
     assert not any(line.startswith("p, TRAIN: ") for line in lines)

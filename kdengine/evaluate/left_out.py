@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from kdengine.data.index import DatasetIndex
+from kdengine.data.progress import counted
 from kdengine.data.shards import folders_told
 from kdengine.evaluate.evaluator import Evaluator
 
@@ -33,13 +34,14 @@ def remarks(evaluator: Evaluator) -> list[str]:
         archives.pop("archive-no-good-sample", None)
         if archives:
             told = ", ".join(f"{cause} {count:,}" for cause, count in archives.items())
-            lines.append(f"{who}: of {index.num_listed:,} shards some are not read whole: {told}")
+            whole = f"not all of {counted(index.num_listed, 'shard')} could be read whole"
+            lines.append(f"{who}: {whole}: {told}")
         if index.num_quarantined or archives:
             lines.append(f"{who}: causes are listed in {index.quarantine_paths[0]}")
         if empty := _without_image(index):
             listed = ", ".join(empty[:MAX_NAMES]) + (", ..." if len(empty) > MAX_NAMES else "")
-            told = f"{len(empty):,} of {len(index.classes or ()):,} class folders hold"
-            lines.append(f"{who}: {told} no good image: {listed}")
+            told = f"{len(empty):,} of {len(index.classes or ()):,} class folders"
+            lines.append(f"{who}: no good image in {told}: {listed}")
     return lines
 
 

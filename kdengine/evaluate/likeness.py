@@ -135,7 +135,7 @@ def likeness_table(
     table.caption = "all images, first captions; CKA: debiased, linear"
     if set(teachers.values()) != {width}:
         table.caption += (
-            "; no cosine of unequal widths: an export lacks the heads that training brings one "
-            "into the other by"
+            "; no cosine of unequal widths: the heads of a training, which map one to the other, "
+            "are not exported"
         )
     return table
