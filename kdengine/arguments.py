@@ -36,6 +36,8 @@ class Line:
 
     matter: ClassVar[Collection[str] | None] = None
     """Options of a run that the command depends on; None: all."""
+    refused: ClassVar[Collection[str]] = ()
+    """Others that it looks at only to refuse some of their values."""
     recipe: Annotated[
         str | None,
         arg(
@@ -75,6 +77,7 @@ class CacheLine(Line):
         "--train.precision",
         "--run.timeout-minutes",
     )
+    refused: ClassVar[Collection[str]] = ("--data.dataset-type", "--distill.cache")
     out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="(required)")]
     """Folder of the cache; one that is there is gone on with."""
     views: Annotated[int, arg(metavar="INT")] = 4
@@ -151,8 +154,10 @@ def parse_line(line: type[L], argv: Sequence[str], description: str, prog: str) 
 
 def _tell_idle(values: Collection[str], line: type[Line], prog: str) -> None:
     """Name the options of a run that mean nothing to the command: a training's line may go on."""
+    if line.matter is None:
+        return
     own = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(line)}
-    idle = [o for o in values if line.matter is not None and o not in own.union(line.matter)]
+    idle = [option for option in values if option not in own.union(line.matter, line.refused)]
     # the launcher's word: once for all ranks
     if idle and os.environ.get("RANK", "0") == "0":
         print(f"note: nothing that '{prog}' does depends on {', '.join(idle)}", file=sys.stderr)

@@ -239,7 +239,7 @@ def test_what_means_nothing_to_a_cache_is_told_once(
     idle = "--train.batch-size, --run.name, --model.grad-checkpointing, --optim.lr"
     told = f"note: nothing that 'kdengine cache' does depends on {idle}\n"
     assert capsys.readouterr().err == ("" if rank == "1" else told)
-    parse_cache(f"{CACHE} --train.seed 1")
+    parse_cache(f"{CACHE} --train.seed 1 --distill.cache x --data.dataset-type webdataset")
     assert capsys.readouterr().err == ""
 
 
