@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``kdengine`` command: index, pack, cache, train, eval, export, report, demo."""
+"""The ``kdengine`` command: index, pack, cache, inherit, train, eval, export, report, demo."""
 
 import sys
 import tempfile
@@ -253,11 +253,70 @@ def cache(words: Positional[tuple[str, ...]], /) -> int:
     return command(list(words))
 
 
+def inherit(
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    /,
+    *,
+    teacher: Annotated[str, arg(metavar="MODEL", help_behavior_hint="(required)")],
+    student: Annotated[str, arg(metavar="CONFIG", help_behavior_hint="(required)")],
+    depth: Literal["front", "even"] = "front",
+    width: Literal["front", "magnitude", "taylor"] = "front",
+    calibration: Annotated[str | None, arg(metavar="SHARDS", help_behavior_hint="")] = None,
+    num_samples: int = 2048,
+    batch_size: int = 64,
+    seed: int = 0,
+    index_dir: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None,
+    workers: int = 4,
+    force: FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Cut a smaller student out of a teacher's weights, to train from (TinyCLIP).
+
+    Both have a ViT or a ModifiedResNet of open_clip as image tower, and its text transformer.
+
+    Args:
+        out: Folder to write, for --model.model local-dir:OUT.
+        teacher: Exported folder, or 'ARCHITECTURE@TAG' of open_clip.
+        student: Architecture of kdengine or open_clip, or a JSON file; heads as wide as the
+            teacher's, equal embedding width, patches and vocabulary.
+        depth: 'front' takes layer i * floor(n / k), the released rule; 'even' spreads over all n.
+        width: Which heads, channels and neurons stay: the first, those with the largest weights, or
+            those that change the teacher's loss on the calibration data the most.
+        calibration: Image-caption shards, for 'taylor' and for the statistics of batch norms.
+        num_samples: How many of their samples are looked at.
+        batch_size: Pairs in a batch.
+        seed: Of the order and the crops of the calibration data.
+        index_dir: Folder for their index; by default beside the shards.
+        workers: Decoding threads.
+        force: Replace another export, or write beside other files; those stay.
+    """
+    if min(num_samples, batch_size, workers) < 1:
+        raise ValueError("inherit: --num-samples, --batch-size and --workers must be at least 1")
+    from kdengine.inherit import Calibration, inherit_command
+
+    data = None
+    if calibration is not None:
+        data = Calibration(
+            shards=calibration,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            index_dir=index_dir,
+            num_threads=workers,
+            seed=seed,
+        )
+    _print(
+        inherit_command(
+            teacher, student, out, depth=depth, width=width, calibration=data, force=force
+        )
+    )
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "cache": cache,
     "index": index,
     "pack": pack,
+    "inherit": inherit,
     "eval": evaluate,
     "export": export,
     "report": report,

@@ -132,13 +132,32 @@ class ClipKD:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TinyClip:
+    """Affinity mimicking of TinyCLIP."""
+
+    alpha: float = 1.0
+    """Weight of affinity mimicking; the rest, 1 - alpha, is that of InfoNCE."""
+    scale: float | None = 50.0
+    """Multiplier of the cosines of student and teachers, a constant; none: each has its own, and
+    the student learns its."""
+
+    def __post_init__(self) -> None:
+        _check("method.tinyclip", "alpha", self.alpha, "a share 0..1", 0 <= self.alpha <= 1)
+        scale = self.scale
+        good = scale is None or 1 <= scale <= 100
+        _check("method.tinyclip", "scale", scale or 0, "a multiplier 1..100, or none", good)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """What is learned from whom."""
 
-    name: Literal["clip", "clip_kd"] = "clip_kd"
-    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL."""
+    name: Literal["clip", "clip_kd", "tinyclip"] = "clip_kd"
+    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL. 'tinyclip': affinity mimicking."""
     clip_kd: ClipKD = field(default_factory=ClipKD)
     """Settings of method clip_kd."""
+    tinyclip: TinyClip = field(default_factory=TinyClip)
+    """Settings of method tinyclip."""
 
 
 @dataclass(frozen=True, kw_only=True)

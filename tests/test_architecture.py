@@ -14,6 +14,7 @@ LINES = {
     "kdengine.train": 8,
     "kdengine.loop": 7,
     "kdengine.precompute": 7,
+    "kdengine.inherit": 7,
     "kdengine.job": 6,
     "kdengine.assembly": 5,
     "kdengine.evaluate": 5,

@@ -5,6 +5,7 @@ Stages 1 to 3 keep fp32 masters in pieces over the ranks; stage 0 in bf16 keeps 
 optimiser; stage 0 in fp32, and under autocast, trains the parameters themselves.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ def student_weights(engine: Any) -> dict[str, Tensor]:
     low = _unsharded_masters(engine)
     for name, parameter in clip.named_parameters():
         weights[name] = _full(parameter, low.get(parameter))
+    if (scale := engine.module.method.pinned_scale) is not None:
+        # the engine may have rounded its parameter to bf16
+        weights["logit_scale"] = torch.full_like(weights["logit_scale"], math.log(scale))
     return {name: value.to("cpu", copy=True).contiguous() for name, value in weights.items()}
 
 

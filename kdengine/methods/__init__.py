@@ -10,18 +10,20 @@ from kdengine import config
 from kdengine.methods.base import Distillation, Method, teacher_missing
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_kd import ClipKD
+from kdengine.methods.tinyclip import TinyClip
 
 __all__ = [
     "Clip",
     "ClipKD",
     "Distillation",
     "Method",
+    "TinyClip",
     "build_method",
     "needs_teacher",
     "teacher_missing",
 ]
 
-METHODS: dict[str, type[Method]] = {"clip": Clip, "clip_kd": ClipKD}
+METHODS: dict[str, type[Method]] = {"clip": Clip, "clip_kd": ClipKD, "tinyclip": TinyClip}
 
 
 def needs_teacher(name: str) -> bool:
@@ -51,4 +53,6 @@ def build_method(
         return Clip(group=group)
     if not teacher_widths:
         raise teacher_missing(method.name)
+    if method.name == "tinyclip":
+        return TinyClip(len(teacher_widths), **asdict(method.tinyclip), group=group)
     return ClipKD(student_width, teacher_widths, **asdict(method.clip_kd), group=group)

@@ -28,11 +28,14 @@ class Method(nn.Module, ABC):
         mask_ratio: share of the student's patches that its masked image embedding lacks; 0 asks
             for none.
         mask_all: the student's image embedding is the masked one, in all terms.
+        pinned_scale: what the student's scale is, from the first step to the export; None leaves
+            it to be learned.
     """
 
     needs_teacher: bool = True
     mask_ratio: float = 0.0
     mask_all: bool = False
+    pinned_scale: float | None = None
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -81,6 +84,8 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self.method = method
+        if method.pinned_scale is not None:
+            student.pin_scale(method.pinned_scale)
         if method.mask_ratio:
             install_mask(student.clip.visual)  # type: ignore[arg-type]
 
@@ -126,4 +131,5 @@ class Distillation(nn.Module):
 
     def log_scales(self) -> list[nn.Parameter]:
         """The log scales of student and method to be kept within [0, ln 100]."""
-        return [self.student.log_scale, *self.method.log_scales()]
+        own = [self.student.log_scale] if self.method.pinned_scale is None else []
+        return [*own, *self.method.log_scales()]

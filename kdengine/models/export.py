@@ -31,6 +31,7 @@ def export_student(
     *,
     force: bool = False,
     notes: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``out_dir``.
 
@@ -45,6 +46,7 @@ def export_student(
         out_dir: the folder.
         force: write into a folder that holds other things as well; those stay.
         notes: further plain values for the config file, under ``kdengine`` (open_clip skips them).
+        files: texts to write beside, by the name of the file.
 
     Returns:
         The folder.
@@ -71,6 +73,8 @@ def export_student(
         (staging / WEIGHTS_FILE).chmod(0o666 & ~_umask())
         if spec.tokenizer.startswith("hf:"):
             _save_tokenizer(spec, staging)
+        for name, text in (files or {}).items():
+            (staging / name).write_text(text, encoding="utf-8")
         _write_config(spec, staging, notes or {})
         sync_tree(staging)
         if found == "foreign":

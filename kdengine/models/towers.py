@@ -96,6 +96,10 @@ class TwoTower(nn.Module):
         """The logarithm of the scale: the parameter, shape [1] for students."""
         return self.clip.logit_scale  # type: ignore[return-value]
 
+    def pin_scale(self, scale: float) -> None:
+        """Make the scale a constant, which no optimiser sees."""
+        self.log_scale.requires_grad_(False).fill_(math.log(scale))
+
     def forward(self, image: Tensor, tokens: Tensor, mask_ratio: float = 0.0) -> Features:
         """Embed a batch of pairs.
 
