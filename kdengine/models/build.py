@@ -8,6 +8,7 @@ for published weights, and no base weights of a tower slip in.
 import copy
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from kdengine import LOCAL_DIR
+from kdengine.models.axes import canonical, tower_of
+from kdengine.models.ragged import RaggedShape, Tower, install_ragged
 from kdengine.models.source import Source, resolve
 from kdengine.models.spec import TowerSpec
 from kdengine.models.towers import Student, Teacher, TwoTower
@@ -142,6 +145,7 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     custom = config.pop("custom_text", False)
+    ragged = config.pop("ragged", {})
     cls = open_clip.CLIP
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -154,11 +158,26 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
         raise ValueError(
             f"{role} {name}: open_clip {open_clip.__version__} cannot build it: {error}"
         ) from error
+    for tower, sizes in ragged.items():
+        install_ragged(clip, tower, RaggedShape.from_dict(sizes))
+        _randomise(clip, tower)
     if clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
     if source.checkpoint is not None:
         _load(role, clip, name, source.checkpoint)
     return TwoTower(clip, clamp_scale=clamp_scale)
+
+
+def _randomise(clip: nn.Module, tower: Tower) -> None:
+    """Give a ragged tower random weights, as open_clip's have."""
+    for name, value in clip.named_parameters():
+        if tower_of(canonical(name)) != tower or name.startswith("logit_"):
+            continue
+        with torch.no_grad():
+            if value.dim() < 2:
+                value.fill_(1.0 if re.search(r"ln_\w+\.weight$", name) else 0.0)
+            else:
+                value.normal_(std=0.02)
 
 
 def _load(role: str, clip: nn.Module, name: str, checkpoint: str) -> None:
