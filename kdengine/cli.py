@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``kdengine`` command: index, pack, cache, inherit, train, eval, export, report, demo."""
+"""The ``kdengine`` command; ``COMMANDS`` lists what it can do."""
 
 import sys
 import tempfile
@@ -311,12 +311,43 @@ def inherit(
     return 0
 
 
+def convert(
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    /,
+    *,
+    model: Annotated[str, arg(metavar="CONFIG", help_behavior_hint="(required)")],
+    force: FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Write a checkpoint that TinyCLIP published as a folder for 'local-dir:OUT'.
+
+    Models that were pruned automatically have layers of unequal sizes; kdengine loads them,
+    open_clip cannot.
+
+    Args:
+        checkpoint: The .pt file.
+        out: Folder to write.
+        model: Configuration: TinyCLIP-ViT-39M-16-Text-19M and others, of a pruned model the whole
+            one, ViT-B-32.
+        force: Replace another export, or write beside other files; those stay.
+    """
+    from kdengine.models import export_student
+    from kdengine.models.released import released_student
+
+    tower, spec = released_student(checkpoint, model)
+    export_student(tower.state_dict(), spec, out, force=force, notes={"converted": checkpoint.name})
+    ragged = " and ".join(spec.model_cfg.get("ragged", ()))
+    print(f"wrote {out}" + (f"; layers of unequal sizes: {ragged}" if ragged else ""))
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "cache": cache,
     "index": index,
     "pack": pack,
     "inherit": inherit,
+    "convert": convert,
     "eval": evaluate,
     "export": export,
     "report": report,
