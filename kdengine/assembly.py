@@ -159,6 +159,7 @@ def build_data(
         "views": views,
         "tokenizers": tokenizers,
         "batch_size": config.train.batch_size,
+        "accum_freq": config.train.accum_freq,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "seed": config.train.seed,
@@ -252,10 +253,12 @@ def header(
     rows = {"student": size(student.spec, student.tower)}
     if teachers is not None:
         rows |= teachers.rows()
-    batch = config.train.batch_size
+    batch, accum_freq = config.train.batch_size, config.train.accum_freq
     rows["method"] = config.method.name
     rows["ranks"] = f"{ranks.world_size} on {ranks.device.type}"
-    rows["batch"] = f"{batch} on a rank, {batch * ranks.world_size} in all"
+    parts = f" in {accum_freq} micro-batches" if accum_freq > 1 else ""
+    own = batch * accum_freq
+    rows["batch"] = f"{own} on a rank{parts}, {own * ranks.world_size} in all"
     rows["steps"] = f"{total}, {steps_per_epoch} an epoch"
     rows["precision"] = f"{config.train.precision}, ZeRO stage {config.train.zero_stage}"
     return rows

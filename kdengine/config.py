@@ -194,7 +194,10 @@ class Train:
     """Batch, length, precision and engine."""
 
     batch_size: int = 128
-    """Pairs on each rank and step."""
+    """Pairs on each rank in a forward pass."""
+    accum_freq: int = 1
+    """Forward passes whose pairs one exact loss sees together: a step's batch is batch_size x
+    accum_freq x ranks, in the memory of batch_size, for up to one more forward pass of each."""
     epochs: float | None = None
     """Length in passes over the data; give this or steps."""
     steps: int | None = None
@@ -214,6 +217,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _check("train", "batch_size", self.batch_size, "a size >= 1", self.batch_size >= 1)
+        _check("train", "accum_freq", self.accum_freq, "a number >= 1", self.accum_freq >= 1)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(
                 f"train: expected epochs or steps, got both (epochs={self.epochs}, "

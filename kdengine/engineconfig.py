@@ -13,7 +13,7 @@ from kdengine.ranks import on_gpu
 OWNED = {
     "train_batch_size": "--train.batch-size times the number of ranks",
     "train_micro_batch_size_per_gpu": "--train.batch-size",
-    "gradient_accumulation_steps": "the training loop, which takes one batch a step",
+    "gradient_accumulation_steps": "--train.accum-freq, for which the training loop itself sees",
     "gradient_clipping": "--optim.grad-clip-norm",
     "zero_optimization.stage": "--train.zero-stage",
     "bf16.enabled": "--train.precision",
@@ -34,9 +34,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
     """
     batch, stage = config.train.batch_size, config.train.zero_stage
+    accum_freq = config.train.accum_freq
     built: dict[str, Any] = {
         "train_batch_size": batch * world_size,
         "train_micro_batch_size_per_gpu": batch,
+        # DeepSpeed divides by this, in one place or another; the sum over micro-batches is exact
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip_norm or 0.0,
         "bf16": {"enabled": config.train.precision == "bf16"},
@@ -49,7 +51,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         },
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": on_gpu() and stage > 0,
+            "overlap_comm": on_gpu() and stage > 0 and not _forgets(stage, accum_freq),
             "contiguous_gradients": True,
             # buckets of DeepSpeed's default size would outweigh a small student
             "reduce_bucket_size": 50_000_000,
@@ -75,7 +77,29 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
                 f"deepspeed_config: {path} sets {key} to {theirs!r}, this run has {ours!r}; it "
                 f"follows from {owner}: change that, or take the key out of the file"
             )
-    return _merged(built, given)
+    built = _merged(built, given)
+    zero = built["zero_optimization"]
+    forgetful = {
+        "overlap_comm": _forgets(stage, accum_freq) and zero["overlap_comm"],
+        "offload_optimizer": accum_freq > 1 and zero.get("offload_optimizer"),
+    }
+    for key, asked in forgetful.items():
+        if asked:
+            raise ValueError(
+                f"deepspeed_config: {path} sets zero_optimization.{key} to {asked!r}, this run has "
+                f"accum_freq {accum_freq} at ZeRO stage {stage}: DeepSpeed would lose the "
+                "gradients of heads and scales, which only the first backward pass of a step has; "
+                "take the key out of the file, or set --train.accum-freq 1"
+            )
+    return built
+
+
+def _forgets(stage: int, accum_freq: int) -> bool:
+    """Whether overlapped communication loses gradients.
+
+    Stage 1 then reduces what the last backward pass of a step touches, and nothing else.
+    """
+    return stage == 1 and accum_freq > 1
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

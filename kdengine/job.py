@@ -46,6 +46,12 @@ class Job:
     state: State
     buffers: Buffers
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that a step's loss sees, on all ranks together."""
+        train = self.config.train
+        return train.batch_size * train.accum_freq * self.ranks.world_size
+
 
 def start_ranks(config: RunConfig) -> Ranks:
     """Join the process group: gloo on CPU, NCCL on GPU."""

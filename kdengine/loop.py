@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kdengine import checkpoint, ranks
+from kdengine.accumulate import Accumulation, Batch
 from kdengine.job import Job
 from kdengine.log import Meter
 from kdengine.models import build_from_spec
@@ -56,7 +57,7 @@ def train(job: Job) -> int:
         logged = number % config.run.log_every_n_steps == 0 or number == job.total
         step = run_step(job, save=overdue and job.ranks.first, diagnose=logged)
         state.step += 1
-        state.samples_seen += config.train.batch_size * job.ranks.world_size
+        state.samples_seen += job.num_pairs
         count_skipped(job, step)
         meter.add(step.data_wait_s)
         if logged:
@@ -71,7 +72,7 @@ def train(job: Job) -> int:
 
 
 def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
-    """One batch through teachers and student, one update.
+    """The micro-batches of a step through teachers and student, one update.
 
     With ``diagnose`` the terms hold the likeness of student and teachers, of each rank's own batch.
 
@@ -82,18 +83,24 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
     engine, device = job.engine, job.ranks.device
     # made before the forward pass is queued: a copy to the device waits for what is queued
     asked = torch.tensor([job.stop.reason is not None, save], dtype=torch.float32, device=device)
-    job.heartbeat.at("loading data", job.state.step)
-    start = time.perf_counter()
-    batch = next(job.loader)
-    data_wait_s = time.perf_counter() - start
-    job.heartbeat.at("computing")
-    teachers = job.teachers(batch) if job.teachers else ()
+    data_wait_s = 0.0
+
+    def load() -> Batch:
+        nonlocal data_wait_s
+        job.heartbeat.at("loading data", job.state.step)
+        start = time.perf_counter()
+        batch = next(job.loader)
+        data_wait_s += time.perf_counter() - start
+        job.heartbeat.at("computing")
+        return batch
+
     job.buffers.keep()
-    loss, terms = engine(batch["image"], batch["tokens"], teachers, diagnose)
+    passes = Accumulation(engine, job.teachers, job.config.train.accum_freq)
+    loss, terms = passes.forward(load, diagnose)
     told = {"loss": loss.detach(), **terms}
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
     # a loss that is not finite must not leave finite gradients: NaN spreads to the norm of all
-    engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
+    passes.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
     job.heartbeat.at("updating")
     lr = learning_rate(job.state.step, job.total, job.config.optim)
     for group in engine.basic_optimizer.param_groups:
@@ -147,7 +154,7 @@ def record(job: Job, step: Step, meter: Meter) -> None:
         **terms,
         "lr": step.lr,
         "grad_norm": step.grad_norm,
-        **meter.rates(job.config.train.batch_size * job.ranks.world_size),
+        **meter.rates(job.num_pairs),
         "num_skipped": state.num_skipped,
         "time_s": state.elapsed_s,
         "peak_memory_mib": ranks.peak_memory_mib(job.ranks.device),

@@ -16,6 +16,7 @@ LINES = {
     "kdengine.precompute": 7,
     "kdengine.inherit": 7,
     "kdengine.job": 6,
+    "kdengine.accumulate": 6,
     "kdengine.assembly": 5,
     "kdengine.evaluate": 5,
     "kdengine.checkpoint": 5,

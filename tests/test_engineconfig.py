@@ -23,6 +23,14 @@ def test_batch_counts_all_ranks() -> None:
     assert built["gradient_accumulation_steps"] == 1
 
 
+def test_deepspeed_sees_single_micro_batches() -> None:
+    """It would divide gradients by their number."""
+    built = deepspeed_config(RunConfig(train=Train(batch_size=8, accum_freq=3)), 4)
+    assert built["train_batch_size"] == 32
+    assert built["train_micro_batch_size_per_gpu"] == 8
+    assert built["gradient_accumulation_steps"] == 1
+
+
 def test_no_clipping_is_said_explicitly() -> None:
     """DeepSpeed's own default would clip to 1."""
     assert deepspeed_config(RunConfig(), 1)["gradient_clipping"] == 0.0
@@ -52,7 +60,7 @@ def test_file_is_merged_over_ours(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"train_batch_size": 5}, r"train_batch_size to 5, this run has 256; .*--train.batch-size"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps to 4"),
+        ({"gradient_accumulation_steps": 4}, "accumulation_steps to 4.*--train.accum-freq"),
         ({"zero_optimization": {"stage": 3}}, r"stage to 3, this run has 1.*--train.zero-stage"),
         ({"bf16": {"enabled": True}}, "bf16.enabled to True.*--train.precision"),
         ({"fp16": {"enabled": True}}, "fp16.enabled to True.*--train.precision"),
@@ -68,6 +76,18 @@ def test_contradiction_is_refused(tmp_path: Path, given, message) -> None:
         deepspeed_config(with_file(tmp_path, given), 2)
 
 
+@pytest.mark.parametrize(
+    "given", [{"overlap_comm": True}, {"offload_optimizer": {"device": "cpu"}}], ids=str
+)
+def test_what_would_lose_gradients_under_accumulation_is_refused(tmp_path: Path, given) -> None:
+    content = {"zero_optimization": given}
+    (key,) = given
+    with pytest.raises(ValueError, match=f"zero_optimization.{key} .*heads and scales"):
+        deepspeed_config(with_file(tmp_path, content, accum_freq=2), 2)
+    built = deepspeed_config(with_file(tmp_path, content), 2)
+    assert built["zero_optimization"][key] == given[key]
+
+
 def test_compiled_student_is_refused_under_zero_3() -> None:
     with pytest.raises(ValueError, match="torchcompile cannot go with zero_stage 3"):
         Train(torchcompile=True, zero_stage=3)
@@ -77,6 +97,7 @@ def test_agreement_and_auto_are_accepted(tmp_path: Path) -> None:
     given = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 128,
+        "gradient_accumulation_steps": 1,
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": 1},
     }

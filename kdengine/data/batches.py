@@ -22,7 +22,8 @@ class Loader(abc.ABC):
     """An iterator of batches, as dictionaries of tensors on one device.
 
     Attributes:
-        steps_per_epoch: batches in a pass over the data, equal on all ranks.
+        steps_per_epoch: steps in a pass over the data, of `accum_freq` batches each in training and
+            of one in evaluation; equal on all ranks.
         step: batches handed out so far.
         wait_s: seconds spent in `next()` so far: what training waited for data. On a GPU this is
             the time of the host; kernels that are still queued are waited for on the stream.

@@ -22,6 +22,7 @@ def build_loader(
     views: Mapping[str, ViewSpec],
     tokenizers: Mapping[str, str],
     batch_size: int,
+    accum_freq: int = 1,
     rank: int = 0,
     world_size: int = 1,
     num_threads: int = 4,
@@ -36,8 +37,8 @@ def build_loader(
     """A loader of the good samples of an index, decoded by DALI in background threads.
 
     Training: endless; in every pass over the data the ranks read disjoint parts, and what does
-    not fill a batch on every rank is dropped (others in each pass, as the order changes). Windows
-    and captions are drawn anew each time.
+    not fill the batches of a step on every rank is dropped (others in each pass, as the order
+    changes): no step reaches into the next pass. Windows and captions are drawn anew each time.
     Evaluation: each `iter()` is one pass in the order of the index, every sample on exactly one
     rank; ranks get equally many batches, and rows that fill up the last ones repeat a sample and
     are False in `valid`.
@@ -54,6 +55,7 @@ def build_loader(
         views: images to make, by their name in the batch.
         tokenizers: tokenizer ids, by the name of their tokens in the batch; `index` holds them.
         batch_size: samples on each rank.
+        accum_freq: in training, batches of a step.
         rank: number of this rank.
         world_size: number of ranks.
         num_threads: decoding threads; the pixels do not depend on it.
@@ -85,10 +87,11 @@ def build_loader(
             f"data: expected 0 <= rank < world_size and a seed of at least 0; got rank {rank} of "
             f"{world_size}, seed {seed}"
         )
-    if min(batch_size, num_threads) < 1:
+    if min(batch_size, accum_freq, num_threads) < 1:
         raise ValueError(
-            "data: batch size and decoding threads (workers) must be at least 1; got a batch size "
-            f"of {batch_size} and {num_threads} threads"
+            "data: batch size, batches of a step (accum_freq) and decoding threads (workers) must "
+            f"be at least 1; got a batch size of {batch_size}, {accum_freq} batches and "
+            f"{num_threads} threads"
         )
     if caption not in ("random", "first"):
         raise ValueError(f"data.caption: expected 'random' or 'first', got {caption!r}")
@@ -99,6 +102,7 @@ def build_loader(
         views=dict(views),
         tokenizers=dict(tokenizers),
         batch_size=batch_size,
+        accum_freq=accum_freq,
         rank=rank,
         world_size=world_size,
         num_threads=num_threads,

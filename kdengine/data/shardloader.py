@@ -41,6 +41,7 @@ class ShardLoader(Loader):
         views: dict[str, ViewSpec],
         tokenizers: dict[str, str],
         batch_size: int,
+        accum_freq: int,
         rank: int,
         world_size: int,
         num_threads: int,
@@ -55,7 +56,8 @@ class ShardLoader(Loader):
         self._index = index
         self._views, self._specs = views, list(views.values())
         self._tables = {name: index.captions(key) for name, key in tokenizers.items()}
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._batch_size, self._accum_freq = batch_size, accum_freq
+        self._rank, self._world_size = rank, world_size
         self._num_threads, self._seed, self._caption = num_threads, seed, caption
         self._shuffle_buffer, self._replay, self._crop_seed = shuffle_buffer, replay, crop_seed
         self._device_id = device_id
@@ -156,16 +158,21 @@ class TrainLoader(ShardLoader):
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
         num_samples, world_size, batch_size = index.num_samples, self._world_size, self._batch_size
-        self.steps_per_epoch = num_samples // (world_size * batch_size)
+        global_batch = world_size * batch_size * self._accum_freq
+        self.steps_per_epoch = num_samples // global_batch
         if not self.steps_per_epoch:
+            parts = f" x {self._accum_freq} micro-batches" if self._accum_freq > 1 else ""
             raise ValueError(
                 f"data: {counted(num_samples, 'sample')} cannot fill one global batch of "
-                f"{counted(world_size, 'rank')} x {batch_size} = {world_size * batch_size}; lower "
-                "--train.batch-size, add data, or list the shards several times"
+                f"{counted(world_size, 'rank')}{parts} x {batch_size} = {global_batch}; lower "
+                f"--train.batch-size{' or --train.accum-freq' if parts else ''}, add data, or list "
+                "the shards several times"
             )
+        self._batches_per_epoch = self.steps_per_epoch * self._accum_freq
         # the reader pads every part to the largest and that to full batches; what the padding
         # touches is run and thrown away
-        self._num_dropped = _num_batches(num_samples, world_size, batch_size) - self.steps_per_epoch
+        num_run = _num_batches(num_samples, world_size, batch_size)
+        self._num_dropped = num_run - self._batches_per_epoch
 
     def _reader(self) -> ReaderSpec:
         buffer = min(self._shuffle_buffer, self._index.num_samples // self._world_size)
@@ -183,7 +190,7 @@ class TrainLoader(ShardLoader):
         return ImagePipeline(self._reader(), self._specs, train=True, **options)
 
     def _next(self) -> Batch:
-        if self.step and self.step % self.steps_per_epoch == 0:
+        if self.step and self.step % self._batches_per_epoch == 0:
             for _ in range(self._num_dropped):
                 self._run()
         batch = self._batch(self._run())

@@ -27,6 +27,7 @@ def build_synthetic_loader(
     views: Mapping[str, ViewSpec],
     tokenizers: Mapping[str, str],
     batch_size: int,
+    accum_freq: int = 1,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
@@ -42,6 +43,7 @@ def build_synthetic_loader(
         views: images to make, by their name in the batch.
         tokenizers: tokenizer ids, by the name of their tokens in the batch.
         batch_size: samples on each rank.
+        accum_freq: batches of a step.
         rank: number of this rank.
         world_size: number of ranks.
         seed: equal on all ranks, which still draw different noise.
@@ -53,16 +55,17 @@ def build_synthetic_loader(
         ValueError: num_samples is less than one global batch, or names collide.
     """
     check_names(views, tokenizers)
-    if num_samples < world_size * batch_size:
+    global_batch = world_size * batch_size * accum_freq
+    if num_samples < global_batch:
         raise ValueError(
             f"data.train_num_samples: expected enough for one global batch of {world_size} ranks "
-            f"x {batch_size} = {world_size * batch_size}, got {num_samples}"
+            f"x {accum_freq} x {batch_size} = {global_batch}, got {num_samples}"
         )
     return SyntheticLoader(
         num_samples,
         dict(views),
         dict(tokenizers),
-        (batch_size, rank, world_size, seed),
+        (batch_size, accum_freq, rank, world_size, seed),
         torch.device("cpu" if device_id is None else f"cuda:{device_id}"),
     )
 
@@ -75,13 +78,14 @@ class SyntheticLoader(Loader):
         num_samples: int,
         views: dict[str, ViewSpec],
         tokenizers: dict[str, str],
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, int, int, int, int],
         device: torch.device,
     ) -> None:
         self._views, self._tokenizers, self._device = views, tokenizers, device
         self._num_samples = num_samples
-        self._batch_size, self._rank, self._world_size, self._seed = shape
-        self.steps_per_epoch = num_samples // (self._world_size * self._batch_size)
+        self._batch_size, accum_freq, self._rank, self._world_size, self._seed = shape
+        self.steps_per_epoch = num_samples // (self._world_size * self._batch_size * accum_freq)
+        self._batches_per_epoch = self.steps_per_epoch * accum_freq
         self._batches: list[Batch] = []
 
     def _next(self) -> Batch:
@@ -91,7 +95,7 @@ class SyntheticLoader(Loader):
             self._batches = [self._make(generator) for _ in range(NUM_BATCHES)]
         batch = dict(self._batches[self.step % NUM_BATCHES])
         first = (
-            self.step % self.steps_per_epoch * self._world_size + self._rank
+            self.step % self._batches_per_epoch * self._world_size + self._rank
         ) * self._batch_size
         batch["sample"] = torch.arange(first, first + self._batch_size, device=self._device)
         self.step += 1

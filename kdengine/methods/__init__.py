@@ -7,7 +7,7 @@ from dataclasses import asdict
 from torch.distributed import ProcessGroup
 
 from kdengine import config
-from kdengine.methods.base import Distillation, Method, teacher_missing
+from kdengine.methods.base import Distillation, Embeddings, Method, joined, teacher_missing
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_kd import ClipKD
 from kdengine.methods.tinyclip import TinyClip
@@ -16,9 +16,11 @@ __all__ = [
     "Clip",
     "ClipKD",
     "Distillation",
+    "Embeddings",
     "Method",
     "TinyClip",
     "build_method",
+    "joined",
     "needs_teacher",
     "teacher_missing",
 ]

@@ -3,7 +3,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kdengine.methods.likeness import Heads, first_outputs, likeness
@@ -77,8 +79,26 @@ class Method(nn.Module, ABC):
         return []
 
 
+class Embeddings(NamedTuple):
+    """What the loss needs of the student's towers for n pairs: raw embeddings [n, D].
+
+    ``masked`` is None unless the method compares masked images beside the whole ones.
+    """
+
+    image: Tensor
+    text: Tensor
+    masked: Tensor | None
+
+
+Gradients = Sequence[Tensor | None]
+
+
 class Distillation(nn.Module):
-    """Student, heads and learnable scales in one module, so that ZeRO knows every parameter."""
+    """Student, heads and learnable scales in one module, so that ZeRO knows every parameter.
+
+    Whatever part of a step is computed, this module's forward computes it, so that ZeRO-3 fetches
+    the weights.
+    """
 
     def __init__(self, student: TwoTower, method: Method) -> None:
         super().__init__()
@@ -95,12 +115,28 @@ class Distillation(nn.Module):
         tokens: Tensor,
         teachers: Sequence[Features] = (),
         diagnose: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step's loss.
+        earlier: Embeddings | None = None,
+        *,
+        only_embed: bool = False,
+        replay: Gradients | None = None,
+    ) -> Any:
+        """One step's loss, or the part of it that belongs to the towers.
 
         Formula: ``loss = sum_k weights[k] * terms[k]``, the only place where terms are weighted.
 
-        Shapes: image [b, 3, S, S], tokens [b, context], each teacher's embeddings [b, E].
+        Shapes: image [b, 3, S, S], tokens [b, context], each teacher's embeddings [b, E], or
+            [n + b, E] after n ``earlier`` ones.
+
+        Args:
+            image: the images.
+            tokens: of their captions.
+            teachers: their features.
+            diagnose: measure likeness too.
+            earlier: the student's embeddings of n pairs of this step that went before; the loss
+                is that of all n + b.
+            only_embed: return the ``Embeddings`` of this batch, and nothing else.
+            replay: a loss's gradients with respect to this batch's ``Embeddings``; return the sum
+                of the products of both, a scalar whose gradient in the towers is that of the loss.
 
         Returns:
             The loss of this rank's rows and columns, fp32, in nats (the mean over ranks is the
@@ -111,13 +147,16 @@ class Distillation(nn.Module):
         Raises:
             ValueError: the method needs a teacher and none was given.
         """
+        if only_embed or replay is not None:
+            own, _ = self._embed(image, tokens)
+            return own if replay is None else _product(own, replay)
         if self.method.needs_teacher and not teachers:
             raise teacher_missing(type(self.method).__name__)
-        ratio, mask_all = self.method.mask_ratio, self.method.mask_all
-        student: Features = self.student(image, tokens, ratio if mask_all else 0.0)
-        masked = None
-        if ratio:
-            masked = student.image if mask_all else self.student.encode_image(image, ratio)
+        own, scale = self._embed(image, tokens)
+        if earlier is not None:
+            own = joined([earlier, own])
+        student = Features(own.image, own.text, scale)
+        masked = own.image if self.method.mask_all else own.masked
         heads = [self.method.heads(n) for n in range(len(teachers))] if diagnose else []
         with first_outputs(head for pair in heads if pair for head in pair[:2]) as seen:
             terms: dict[str, Tensor] = self.method(student, teachers, masked)
@@ -129,7 +168,30 @@ class Distillation(nn.Module):
             logged |= likeness(student, teachers, projected)
         return sum(weighted[1:], weighted[0]), logged
 
+    def _embed(self, image: Tensor, tokens: Tensor) -> tuple[Embeddings, Tensor]:
+        """The student's embeddings, and its scale."""
+        ratio, mask_all = self.method.mask_ratio, self.method.mask_all
+        student: Features = self.student(image, tokens, ratio if mask_all else 0.0)
+        beside = ratio and not mask_all
+        masked = self.student.encode_image(image, ratio) if beside else None
+        return Embeddings(student.image, student.text, masked), student.scale
+
     def log_scales(self) -> list[nn.Parameter]:
         """The log scales of student and method to be kept within [0, ln 100]."""
         own = [self.student.log_scale] if self.method.pinned_scale is None else []
         return [*own, *self.method.log_scales()]
+
+
+def joined(parts: Sequence[Embeddings]) -> Embeddings:
+    """The rows of all parts, one after the other."""
+    images, texts, masked = zip(*parts, strict=True)
+    return Embeddings(
+        torch.cat(images), torch.cat(texts), None if masked[0] is None else torch.cat(masked)
+    )
+
+
+def _product(embeddings: Embeddings, gradients: Gradients) -> Tensor:
+    """The scalar whose gradient with respect to the embeddings is ``gradients``; None is 0."""
+    pairs = zip(embeddings, gradients, strict=True)
+    products = [(x * g).sum() for x, g in pairs if x is not None and g is not None]
+    return sum(products[1:], products[0])

@@ -177,16 +177,21 @@ def _budget(run: Record) -> tuple[Any, ...]:
     keys = [("model", "model"), ("model", "pretrained"), ("data", "train_data")]
     keys += [("train", name) for name in ("batch_size", "steps", "epochs")]
     # samples seen tell runs apart that used other numbers of ranks, or ended early
-    return (*(run.get(*key) for key in keys), run.last("samples_seen"))
+    return (*(run.get(*key) for key in keys), micro_batches(run), run.last("samples_seen"))
+
+
+def micro_batches(run: Record) -> Any:
+    """Forward passes of a step; one in runs that are older than the setting."""
+    return run.get("train", "accum_freq") or 1
 
 
 def num_ranks(run: Record) -> int | None:
     """Processes that trained: samples seen in a step over the batch of one process."""
     seen, batch = run.last("samples_seen"), run.get("train", "batch_size")
-    step = run.steps[-1]["step"] if run.steps else 0
-    if seen is None or not finite(batch) or not batch or not step:
+    step, parts = run.steps[-1]["step"] if run.steps else 0, micro_batches(run)
+    if seen is None or not (finite(batch) and finite(parts)) or not batch or not step:
         return None
-    return max(1, round(seen / (step * batch)))
+    return max(1, round(seen / (step * batch * parts)))
 
 
 def num_parameters(run: Record) -> int | None:

@@ -9,7 +9,7 @@ from kdengine.log import duration
 from kdengine.report.marks import swatch
 from kdengine.report.markup import Html, note, render, tag
 from kdengine.report.metrics import DASH
-from kdengine.report.runs import Record, image_size, num_parameters, num_ranks
+from kdengine.report.runs import Record, image_size, micro_batches, num_parameters, num_ranks
 
 
 def heads(runs: Sequence[Record], say: Callable[[Record], Any] = lambda run: None) -> list[Html]:
@@ -79,6 +79,7 @@ def cost(runs: Sequence[Record]) -> Html:
         ("Skipped steps", "not finite", lambda run: number(run.last("num_skipped"))),
         ("Ranks", "processes", lambda run: number(num_ranks(run))),
         ("Batch", "pairs on a rank", plain("train", "batch_size")),
+        ("Micro-batches", "of that size in a step", micro_batches),
         ("Precision", "", plain("train", "precision")),
         ("ZeRO stage", "", plain("train", "zero_stage")),
     ]

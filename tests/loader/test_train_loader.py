@@ -96,6 +96,32 @@ def test_epoch_covers_without_overlap_in_equal_steps(shards, world_size, batch_s
         assert set(seen) <= set(range(53))
 
 
+def test_a_step_of_several_batches_stays_within_a_pass(shards, make):
+    options = {"batch_size": 6, "accum_freq": 3, "world_size": 2}
+    loaders = [make(shards, rank=rank, **options) for rank in (0, 1)]
+    # of the 8 batches that 53 samples fill, each rank's fourth is dropped
+    assert [loader.steps_per_epoch for loader in loaders] == [1, 1]
+    batches = [take(loader, 36) for loader in loaders]
+    for step in range(12):
+        seen = [n for own in batches for n in numbers(own[3 * step : 3 * step + 3])]
+        assert len(seen) == len(set(seen)) == 36
+    assert set(numbers(batches[0]) + numbers(batches[1])) == set(range(53))
+
+
+@pytest.mark.parametrize("position", [2, 3, 5])
+def test_a_step_of_several_batches_resumes_bit_equal(shards, position, make):
+    options = {"batch_size": 6, "accum_freq": 3, "world_size": 2, "shuffle_buffer": 9}
+    whole, part = make(shards, **options), make(shards, **options)
+    take(whole, position)
+    part.load_state_dict(whole.state_dict())
+    assert equal(take(whole, 5), take(part, 5))
+
+
+def test_a_step_that_the_data_cannot_fill_is_refused(shards, make):
+    with pytest.raises(ValueError, match="1 rank x 9 micro-batches x 6 = 54; .*train.accum-freq"):
+        make(shards, accum_freq=9)
+
+
 def test_what_an_epoch_drops_is_seen_in_others(shards, make):
     loader = make(shards, batch_size=30)
     assert loader.steps_per_epoch == 1

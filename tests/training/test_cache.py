@@ -93,20 +93,30 @@ def test_losses_are_those_of_the_live_teacher(
     shutil.copytree(teacher, moved)
     options = {"method__name": "clip_kd", "train__steps": 20}
     live = {"distill__distill_model": f"local-dir:{moved}", "distill__cache": caches["fp32"]}
-    told = train_here([*words("live", **options, **live), "--distill.cache-live"])
+    several = {**options, "train__steps": 3, "train__accum_freq": 3, "train__batch_size": 5}
+    told = train_here(
+        [*words("live", **options, **live), "--distill.cache-live"],
+        [*words("live-in-parts", **several, **live), "--distill.cache-live"],
+    )
     # the others must do without the teacher's folder
     shutil.rmtree(moved)
     lines = [words(x, **options, distill__cache=caches[x]) for x in LIMITS]
     # a run without a teacher sees the same crops, to be compared
     alone = {**options, "method__name": "clip", "train__steps": 1}
     lines.append(words("alone", **alone, distill__cache=caches["fp32"]))
+    lines.append(words("in-parts", **several, distill__cache=caches["fp32"]))
     told += train_here(*lines)
-    assert [code for code, _ in told] == [0] * 5, told
+    assert [code for code, _ in told] == [0] * 7, told
     expected = records(tmp_path / "runs" / "live")
     assert len({r["loss"] for r in expected}) == 20
     whole = np.array([r["loss"] for r in expected])
     (first,) = records(tmp_path / "runs" / "alone")
     np.testing.assert_allclose(first["loss"], expected[0]["loss/task"], rtol=1e-6)
+    in_parts, live_in_parts = (
+        np.array([r["loss"] for r in records(tmp_path / "runs" / name)])
+        for name in ("in-parts", "live-in-parts")
+    )
+    np.testing.assert_allclose(in_parts, live_in_parts, rtol=LIMITS["fp32"])
     for storage, limit in LIMITS.items():
         found = records(tmp_path / "runs" / storage)
         for term in ("loss", "loss/crd", "loss/fd", "loss/icl"):

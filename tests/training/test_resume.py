@@ -8,7 +8,7 @@ import signal
 from kdengine.checkpoint.resume import differences
 from kdengine.config import ClipKD, Distill, Method, RunConfig, to_dict
 
-MODES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "amp_bf16")]
+MODES = [(0, "fp32", 1), (1, "bf16", 1), (2, "fp32", 3), (3, "amp_bf16", 1), (3, "amp_bf16", 2)]
 
 
 def whole_and_in_parts(
@@ -37,18 +37,21 @@ def whole_and_in_parts(
 def test_resumed_run_is_bit_equal(run_ranks, words, records, tmp_path) -> None:
     options = {"train__steps": 9, "data__caption": "random"}
     lines = []
-    for stage, precision in MODES:
+    for stage, precision, accum_freq in MODES:
         fields = options | {"train__zero_stage": stage, "train__precision": precision}
-        name = f"{stage}-{precision}"
+        fields |= {"train__accum_freq": accum_freq, "train__batch_size": 16 // accum_freq}
+        name = f"{stage}-{precision}-{accum_freq}"
         lines.append((words(f"whole-{name}", **fields), words(f"part-{name}", **fields)))
     codes = run_ranks(whole_and_in_parts, 2, lines, 4, timeout=300)
     assert codes == [[(0, 75, 0)] * len(MODES)] * 2
-    for stage, precision in MODES:
-        whole = records(tmp_path / "runs" / f"whole-{stage}-{precision}")
-        part = records(tmp_path / "runs" / f"part-{stage}-{precision}")
+    for stage, precision, accum_freq in MODES:
+        name = f"{stage}-{precision}-{accum_freq}"
+        whole = records(tmp_path / "runs" / f"whole-{name}")
+        part = records(tmp_path / "runs" / f"part-{name}")
         assert [r["step"] for r in part] == list(range(1, 10))
         for name in ("loss", "scale", "grad_norm", "lr", "samples_seen"):
-            assert [r[name] for r in part] == [r[name] for r in whole], (stage, precision, name)
+            mode = (stage, precision, accum_freq, name)
+            assert [r[name] for r in part] == [r[name] for r in whole], mode
 
 
 def test_a_checkpoint_from_before_a_setting_had_its_default() -> None:
