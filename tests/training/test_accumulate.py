@@ -17,7 +17,7 @@ from kdengine.report.runs import num_ranks, read_run
 
 GLOBAL, STEPS = 32, 5
 ALL = [(0, 1), (0, 8), *((stage, freq) for stage in (1, 2, 3) for freq in (1, 2, 8))]
-FEWER = [(0, 1), *((stage, freq) for stage in (1, 2, 3) for freq in (2, 8))]
+FEWER = [(0, 1), (1, 8), (2, 2), (3, 8)]
 TERMS = {"fd": 1.0, "gd": 10.0, "afd": 0.5}
 
 
@@ -83,11 +83,11 @@ def sgd(module: torch.nn.Module, optim: Any) -> torch.optim.Optimizer:
 
 
 def agreement(
-    rank: int, world_size: int, lines: dict[tuple[int, int, str], list[str]]
+    rank: int, world_size: int, lines: dict[Any, list[str]], steps: int = STEPS
 ) -> dict[Any, Any]:
     """Of each run the losses, the gradients of the first step, and the weights after the last.
 
-    The key is the stage, the number of micro-batches and the optimizer.
+    A run whose key ends in "sgd" takes that optimizer, and two steps.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -105,16 +105,17 @@ def agreement(
             return update(engine)
 
         loop.update = noting
-        stage, freq, optimizer = key
-        with built(rank, world_size, line, sgd if optimizer == "sgd" else None) as job:
-            job.loader = parts(rank, world_size, freq)
+        plain = key[-1] == "sgd"
+        with built(rank, world_size, line, sgd if plain else None) as job:
+            job.loader = parts(rank, world_size, job.config.train.accum_freq)
             losses = []
-            for _ in range(STEPS if optimizer == "adamw" else 2):
+            for _ in range(2 if plain else steps):
                 losses.append(loop.run_step(job, save=False).terms)
                 job.state.step += 1
             weights = {}
             for name, parameter in job.engine.module.named_parameters():
-                master = safe_get_full_fp32_param(parameter) if stage else None
+                zero = job.config.train.zero_stage
+                master = safe_get_full_fp32_param(parameter) if zero else None
                 weights[name] = (parameter if master is None else master).detach().float().clone()
         told[key] = losses, gradients, weights
     loop.update = update
@@ -157,25 +158,35 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_split(run_ranks, dist
                     assert difference <= 1e-6, (key, name)
 
 
-@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
-def test_low_precisions_agree_within_their_rounding(run_ranks, distilled, precision) -> None:
+def together(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def test_low_precisions_are_as_exact_in_parts_as_whole(run_ranks, distilled) -> None:
+    runs = [("fp32", 0, 1)]
+    for precision in ("amp_bf16", "bf16"):
+        runs += [(precision, 0, 1), *((precision, stage, 4) for stage in range(4))]
     lines = {
-        (stage, freq, "adamw"): distilled(
+        (precision, stage, freq): distilled(
             f"{precision}-{stage}-{freq}",
             train__zero_stage=stage,
             train__precision=precision,
             train__batch_size=GLOBAL // freq,
             train__accum_freq=freq,
+            distill__distill_precision="fp32",
         )
-        for stage, freq in [(0, 1), *((stage, 4) for stage in range(4))]
+        for precision, stage, freq in runs
     }
-    (told,) = run_ranks(agreement, 1, lines, timeout=240)
-    terms, gradients, _ = told[0, 1, "adamw"]
-    for (*key, _), (others, slopes, _) in told.items():
-        for one, other in zip(terms, others, strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=5e-3), key
-        for name, expected in gradients.items():
-            assert distance(slopes[name].view_as(expected), expected) < 5e-2, (key, name)
+    (told,) = run_ranks(agreement, 1, lines, 1, timeout=240)
+    (terms,), exact, _ = told["fp32", 0, 1]
+    error = {
+        key: distance(together(gradients), together(exact))
+        for key, (_, gradients, _) in told.items()
+    }
+    for (precision, stage, freq), ((others,), _, _) in told.items():
+        assert others["loss"] == pytest.approx(terms["loss"], rel=1e-2), (precision, stage, freq)
+        limit = 1.3 * error[precision, 0, 1]
+        assert error[precision, stage, freq] <= limit < 0.2, error
 
 
 def poisoned(rank: int, world_size: int, lines: list[list[str]]) -> list[Any]:
@@ -210,7 +221,7 @@ def test_a_bad_micro_batch_skips_the_step_and_its_statistics(run_ranks, words, t
     }
     model = tmp_path / "resnet.json"
     model.write_text(json.dumps(config))
-    modes = [(0, "fp32"), (1, "fp32"), (2, "amp_bf16"), (3, "amp_bf16")]
+    modes = [(1, "fp32"), (3, "amp_bf16")]
     options = {"train__accum_freq": 2, "train__batch_size": 8}
     lines = [
         words(f"{z}{p}", model__model=model, train__zero_stage=z, train__precision=p, **options)
