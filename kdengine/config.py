@@ -161,6 +161,27 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Masks over channels, heads and neurons, then a cut (automatic inheritance of TinyCLIP)."""
+
+    target: float = 0.0
+    """Share of the parameters of the attention and feed-forward blocks that the student loses,
+    counted from the model before any cut; 0 does not prune."""
+    steps: int = 3000
+    """Steps with masks; then the student is cut, and trained on with a new optimiser."""
+    warmup: int = 1000
+    """Steps in which the share that is to be gone rises to the target."""
+    lr: float = 0.02
+    """Learning rate of masks and multipliers, constant."""
+
+    def __post_init__(self) -> None:
+        _check("prune", "target", self.target, "a share of 0 <= t < 1", 0 <= self.target < 1)
+        _check("prune", "steps", self.steps, "a number of steps >= 1", self.steps >= 1)
+        _check("prune", "warmup", self.warmup, "a number of steps >= 0", self.warmup >= 0)
+        _check("prune", "lr", self.lr, "a learning rate > 0", self.lr > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW with warm-up and decay."""
 
@@ -287,6 +308,7 @@ class RunConfig:
     model: Model = field(default_factory=Model)
     distill: Distill = field(default_factory=Distill)
     method: Method = field(default_factory=Method)
+    prune: Prune = field(default_factory=Prune)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)

@@ -26,6 +26,7 @@ LINES = {
     "kdengine.optimizer": 4,
     "kdengine.methods": 4,
     "kdengine.teachers": 4,
+    "kdengine.pruning": 4,
     "kdengine.cache": 4,
     "kdengine.losses": 3,
     "kdengine.models": 3,

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Automatic inheritance in a run (TinyCLIP, section 3.2): masks for a while, then the cut.
+
+The masks live outside the engine, because their optimisers, of which one ascends, take other steps
+than the student's, and neither weight decay nor the clipping of gradients is for them. They are
+small, and equal on all ranks: gradients are averaged here.
+
+A step: ``begin`` draws the factors and sets the gates; the engine's backward passes, however many,
+add up the factors' gradients; ``finish`` takes these and the penalty's on to the log-alphas and the
+multipliers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdengine.config import Prune
+from kdengine.distributed import Group, world_size
+from kdengine.models import Student, TowerSpec, build_from_spec
+from kdengine.models.cut import Dense, cut
+from kdengine.models.masks import L0Masks, num_parameters
+from kdengine.models.ragged import Gates, RaggedShape, Tower, install_ragged, tower_shape
+
+TOWERS: tuple[Tower, Tower] = ("image", "text")
+
+
+class View(NamedTuple):
+    """What is evaluated and exported: weights by open_clip's names, and what they are."""
+
+    weights: dict[str, Tensor]
+    spec: TowerSpec
+
+
+class Pruning:
+    """The masks of a student until its cut.
+
+    Args:
+        student: its towers, transformers, become gated in place; their weights stay.
+        settings: target, length and learning rate.
+        group: the ranks; None for one process.
+        device: of the masks.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a tower is no transformer of open_clip's, or less would be left of the student
+            than is there.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        settings: Prune,
+        *,
+        group: Group = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.settings, self.group, self.spec = settings, group, student.spec
+        clip, weights = student.tower.clip, student.tower.clip.state_dict()
+        self.shapes: dict[str, RaggedShape] = {x: tower_shape(clip, x) for x in TOWERS}
+        original = original_parameters(student.spec)
+        self.start = 1 - sum(map(num_parameters, self.shapes.values())) / original
+        if settings.target <= self.start:
+            raise ValueError(
+                f"prune.target: expected more than the {self.start:.1%} of the original's "
+                f"parameters that {student.spec.name} lacks already; got {settings.target:.1%}"
+            )
+        self.gates: dict[str, Gates] = {x: install_ragged(clip, x, self.shapes[x]) for x in TOWERS}
+        clip.load_state_dict(weights)
+        self.masks = L0Masks(self.shapes, original=original, seed=seed).to(device)
+        options: dict[str, Any] = {"lr": settings.lr, "weight_decay": 0.0}
+        self.optimizers = [
+            torch.optim.AdamW(self.masks.log_alpha.values(), **options),
+            torch.optim.AdamW(self.masks.multipliers(), maximize=True, **options),
+        ]
+        self._drawn: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
+
+    def begin(self, step: int) -> None:
+        """Draw the factors of a step and set the gates."""
+        self._drawn = self.masks.draw(step)
+        self._factors = {
+            group: drawn.detach().requires_grad_() for group, drawn in self._drawn.items()
+        }
+        self.masks.set_gates(self.gates, self._factors)
+
+    def finish(self, step: int, applied: bool) -> dict[str, float]:
+        """Move log-alphas and multipliers by this step's gradients, unless it was skipped.
+
+        Communication: one all-reduce of the factors' gradients.
+
+        Returns:
+            For the log: the share of the original's parameters expected to be gone, its target,
+            and the linear multiplier.
+        """
+        target, found = self.target(step), {}
+        gradients = [
+            torch.zeros_like(factor) if factor.grad is None else factor.grad
+            for factor in self._factors.values()
+        ]
+        if applied:
+            flat = torch.cat(gradients)
+            if world_size(self.group) > 1:
+                dist.all_reduce(flat, group=self.group)
+                flat /= world_size(self.group)
+            parts = flat.split([len(gradient) for gradient in gradients])
+            torch.autograd.backward(list(self._drawn.values()), list(parts))
+            self.masks.penalty(target).backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            self.masks.clamp_()
+        found["sparsity"] = float(self.masks.expected_sparsity().detach())
+        found["sparsity_target"] = target
+        found["sparsity_multiplier"] = float(self.masks.linear.detach())
+        return found
+
+    def target(self, step: int) -> float:
+        """The share that is to be gone at a step: from what lacks already, linearly."""
+        done = min(1.0, (step + 1) / max(1, self.settings.warmup))
+        return self.start + (self.settings.target - self.start) * done
+
+    def view(self, weights: Mapping[str, Tensor], target: float | None = None) -> View:
+        """The student without gates, as its cut would leave it now.
+
+        Args:
+            weights: of ``tower.clip``, whole, fp32.
+            target: the share of the original's parameters to be gone; the last one by default.
+        """
+        share = self.settings.target if target is None else target
+        factors = {k: x.cpu() for k, x in self.masks.final_factors(share).items()}
+        dense: Dense = cut(weights, self.shapes, factors)
+        sizes = {tower: shape.to_dict() for tower, shape in dense.shapes.items()}
+        config = {**self.spec.model_cfg, "ragged": sizes}
+        return View(dense.tensors, dataclasses.replace(self.spec, model_cfg=config))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, multipliers and the state of their optimisers."""
+        return {
+            "masks": self.masks.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.masks.load_state_dict(state["masks"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+
+
+def original_parameters(spec: TowerSpec) -> int:
+    """The parameters, see ``num_parameters``, of the towers before anything was cut from them."""
+    config = {name: value for name, value in spec.model_cfg.items() if name != "ragged"}
+    with torch.device("meta"):
+        clip = build_from_spec(dataclasses.replace(spec, model_cfg=config)).clip
+    return sum(num_parameters(tower_shape(clip, tower)) for tower in TOWERS)
