@@ -260,5 +260,8 @@ def header(
     own = batch * accum_freq
     rows["batch"] = f"{own} on a rank{parts}, {own * ranks.world_size} in all"
     rows["steps"] = f"{total}, {steps_per_epoch} an epoch"
+    if config.prune.target:
+        share, steps = config.prune.target, config.prune.steps
+        rows["pruning"] = f"masks for {steps} steps, then a cut that leaves {1 - share:.0%}"
     rows["precision"] = f"{config.train.precision}, ZeRO stage {config.train.zero_stage}"
     return rows

@@ -314,6 +314,13 @@ class RunConfig:
     eval: Eval = field(default_factory=Eval)
     run: Run = field(default_factory=Run)
 
+    def __post_init__(self) -> None:
+        if self.prune.target and self.train.zero_stage == 3:
+            raise ValueError(
+                "prune: a student that is cut cannot have its parameters sharded, got zero_stage "
+                "3; use zero_stage 2"
+            )
+
 
 def recipe_names() -> list[str]:
     """The recipes that ship with kdengine, sorted."""

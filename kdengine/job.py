@@ -4,6 +4,7 @@
 import contextlib
 import os
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdengine import assembly, checkpoint, ranks
 from kdengine.checkpoint import State
@@ -19,8 +21,9 @@ from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import Evaluator, parse_eval_sets
 from kdengine.log import RunLog
 from kdengine.methods import Distillation, build_method
-from kdengine.models import TowerSpec
+from kdengine.models import TowerSpec, build_from_spec
 from kdengine.optimizer import Buffers, adamw
+from kdengine.pruning import Pruning, View
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import Stop
 from kdengine.teachers import Teachers
@@ -45,12 +48,42 @@ class Job:
     total: int
     state: State
     buffers: Buffers
+    pruning: Pruning | None
 
     @property
     def num_pairs(self) -> int:
         """Pairs that a step's loss sees, on all ranks together."""
         train = self.config.train
         return train.batch_size * train.accum_freq * self.ranks.world_size
+
+    def view(self) -> View:
+        """The student as it is evaluated and exported; a collective under ZeRO."""
+        weights = checkpoint.student_weights(self.engine)
+        if self.pruning is None:
+            return View(weights, self.student)
+        return self.pruning.view(weights, self.pruning.target(self.state.step))
+
+    def cut(self) -> None:
+        """End the pruning: the student becomes what is left of it, with a new optimiser.
+
+        The random states are those of before.
+        """
+        assert self.pruning is not None
+        before = checkpoint.random_state()
+        method = checkpoint.whole_weights(self.engine, self.engine.module.method)
+        weights, spec = self.pruning.view(checkpoint.student_weights(self.engine))
+        self.engine.destroy()
+        self.pruning, self.student, self.state.is_cut = None, spec, True
+        tower = build_from_spec(spec, grad_checkpointing=self.config.model.grad_checkpointing)
+        tower.clip.load_state_dict(weights)
+        engine_config = self.identity["engine"]
+        student = assembly.Student(tower, spec)
+        self.engine = build_engine(
+            self.config, self.ranks, student, self.teachers, engine_config, method
+        )
+        self.buffers = Buffers(self.engine.module)
+        checkpoint.set_random_state(before)
+        self.log.note(f"cut after step {self.state.step}: {assembly.size(spec, tower)}")
 
 
 def start_ranks(config: RunConfig) -> Ranks:
@@ -89,7 +122,14 @@ def build(
     folder = Path(config.run.logs) / config.run.name
     resumed = checkpoint.starting_point(folder, config.run.resume, me)
     engine_config = deepspeed_config(config, me.world_size)
-    student = assembly.build_student(config)
+    student = checkpoint.saved_student(resumed) if resumed else None
+    is_cut = student is not None
+    student = student or assembly.build_student(config)
+    pruning = None
+    if config.prune.target and not is_cut:
+        pruning = Pruning(
+            student, config.prune, group=me.group, device=me.device, seed=config.train.seed
+        )
     store = assembly.open_cache(config, me)
     teachers = assembly.build_teachers(config, me, student.spec, store)
     loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers, store)
@@ -98,13 +138,18 @@ def build(
     evaluator = build_evaluator(config, me, student.spec)
     total = assembly.num_steps(config, loader.steps_per_epoch)
     notes = checkpoint.check(resumed, config, me, identity) if resumed else []
+    if config.prune.target and config.prune.steps >= total:
+        raise ValueError(
+            f"prune.steps: expected less than the {total} steps of the run, which trains on after "
+            f"the cut; got {config.prune.steps}"
+        )
     rows = assembly.header(config, me, student, teachers, loader.steps_per_epoch, total)
     engine = build_engine(config, me, student, teachers, engine_config)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.train.seed + me.rank)
     state = State()
     if resumed:
-        state = checkpoint.load(engine, resumed, ranks=me, loader=loader)
+        state = checkpoint.load(engine, resumed, ranks=me, loader=loader, pruning=pruning)
     log = open_log(config, me, folder, state.step, total)
     cleanup.callback(log.close)
     log.header(f"kdengine {folder}", rows | data_rows)
@@ -117,7 +162,7 @@ def build(
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
         log.warn(note)
     parts = (log, student.spec, teachers, engine, loader, evaluator)
-    counts = (identity, total, state, Buffers(engine.module))
+    counts = (identity, total, state, Buffers(engine.module), pruning)
     return Job(config, me, stop, heartbeat, folder, *parts, *counts)
 
 
@@ -138,8 +183,12 @@ def build_engine(
     student: assembly.Student,
     teachers: Teachers | None,
     engine_config: dict[str, Any],
+    method_weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """The DeepSpeed engine around student, heads and scales; equal weights on all ranks."""
+    """The DeepSpeed engine around student, heads and scales; equal weights on all ranks.
+
+    Heads and scales start from ``method_weights`` where they are given.
+    """
     import deepspeed
 
     torch.manual_seed(config.train.seed)
@@ -149,6 +198,8 @@ def build_engine(
         teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
         group=me.group,
     )
+    if method_weights is not None:
+        method.load_state_dict(method_weights)
     if config.train.torchcompile:
         student.tower.compile()
     root = Distillation(student.tower, method).to(me.device)

@@ -38,11 +38,15 @@ def train(job: Job) -> int:
     meter = Meter()
     while True:
         aside = time.perf_counter()
+        is_due = job.pruning is not None and state.step == config.prune.steps and not stopping
+        if is_due:
+            job.heartbeat.at("cutting the student", state.step)
+            job.cut()
         if evaluation_due(job) and not stopping:
             stopping = not evaluate(job)
         state.elapsed_s = elapsed_before + time.monotonic() - started
         last = state.step >= job.total
-        if save_asked or stopping or last or save_due(job, saved_step):
+        if is_due or save_asked or stopping or last or save_due(job, saved_step):
             save(job)
             saved_step, saved_at = state.step, time.monotonic()
         if stopping:
@@ -95,6 +99,8 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
         return batch
 
     job.buffers.keep()
+    if job.pruning is not None:
+        job.pruning.begin(job.state.step)
     passes = Accumulation(engine, job.teachers, job.config.train.accum_freq)
     loss, terms = passes.forward(load, diagnose)
     told = {"loss": loss.detach(), **terms}
@@ -108,6 +114,8 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
     grad_norm, applied = update(engine)
     if not applied:
         job.buffers.restore()
+    if job.pruning is not None:
+        job.pruning.finish(job.state.step, applied)
     checkpoint.clamp_masters(engine, engine.module.log_scales(), 0.0, LOG_SCALE_MAX)
     stop, save_now, *sums = shared.tolist()
     return Step(
@@ -147,6 +155,8 @@ def record(job: Job, step: Step, meter: Meter) -> None:
     """Log one step; rates are means since the last logged one."""
     state, weights = job.state, job.engine.module.method.weights
     terms = {f"loss/{k}" if k in weights else k: v for k, v in step.terms.items()}
+    if job.pruning is not None:
+        terms |= job.pruning.told(state.step)
     values = {
         "step": state.step,
         "epoch": round(state.step / job.loader.steps_per_epoch, 4),
@@ -179,8 +189,9 @@ def evaluate(job: Job) -> bool:
     job.heartbeat.at("evaluating", job.state.step)
     job.log.pause()
     start, before = time.perf_counter(), checkpoint.random_state()
-    student = build_from_spec(job.student)
-    student.clip.load_state_dict(checkpoint.student_weights(job.engine))
+    view = job.view()
+    student = build_from_spec(view.spec)
+    student.clip.load_state_dict(view.weights)
     results = job.evaluator.run(
         student.to(job.ranks.device),
         should_stop=lambda: job.ranks.any(job.stop.reason is not None),
@@ -203,6 +214,7 @@ def save(job: Job) -> None:
     """Write a checkpoint on all ranks."""
     job.heartbeat.at("saving", job.state.step)
     start = time.perf_counter()
+    view = job.view()
     path = checkpoint.save(
         job.engine,
         job.folder,
@@ -210,7 +222,9 @@ def save(job: Job) -> None:
         ranks=job.ranks,
         loader=job.loader,
         config=job.config,
-        student=job.student,
+        weights=view.weights,
+        student=view.spec,
         identity=job.identity,
+        masks=None if job.pruning is None else job.pruning.state_dict(),
     )
     job.log.note(f"saved {path} in {time.perf_counter() - start:.1f} s")

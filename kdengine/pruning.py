@@ -88,16 +88,11 @@ class Pruning:
         }
         self.masks.set_gates(self.gates, self._factors)
 
-    def finish(self, step: int, applied: bool) -> dict[str, float]:
+    def finish(self, step: int, applied: bool) -> None:
         """Move log-alphas and multipliers by this step's gradients, unless it was skipped.
 
         Communication: one all-reduce of the factors' gradients.
-
-        Returns:
-            For the log: the share of the original's parameters expected to be gone, its target,
-            and the linear multiplier.
         """
-        target, found = self.target(step), {}
         gradients = [
             torch.zeros_like(factor) if factor.grad is None else factor.grad
             for factor in self._factors.values()
@@ -109,15 +104,21 @@ class Pruning:
                 flat /= world_size(self.group)
             parts = flat.split([len(gradient) for gradient in gradients])
             torch.autograd.backward(list(self._drawn.values()), list(parts))
-            self.masks.penalty(target).backward()
+            self.masks.penalty(self.target(step)).backward()
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             self.masks.clamp_()
-        found["sparsity"] = float(self.masks.expected_sparsity().detach())
-        found["sparsity_target"] = target
-        found["sparsity_multiplier"] = float(self.masks.linear.detach())
-        return found
+
+    def told(self, step: int) -> dict[str, float]:
+        """For the log after so many steps: the share of the original's parameters expected to be
+        gone, its target, and the linear multiplier.
+        """
+        return {
+            "sparsity": float(self.masks.expected_sparsity().detach()),
+            "sparsity_target": self.target(step - 1),
+            "sparsity_multiplier": float(self.masks.linear.detach()),
+        }
 
     def target(self, step: int) -> float:
         """The share that is to be gone at a step: from what lacks already, linearly."""

@@ -27,7 +27,15 @@ POLL_SECONDS = 0.2
 LOST_SECONDS = 120.0
 # how long rank 0 stays for the others to read why it fails
 FAREWELL_SECONDS = 5.0
-PHASES = ("starting", "evaluating", "saving", "loading data", "computing", "updating")
+PHASES = (
+    "starting",
+    "evaluating",
+    "cutting the student",
+    "saving",
+    "loading data",
+    "computing",
+    "updating",
+)
 T = TypeVar("T")
 # the counters of a process without a group
 _COUNTS: Counter[str] = Counter()

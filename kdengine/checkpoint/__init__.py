@@ -5,6 +5,7 @@
     RUN/checkpoints/step_00000050/run.json     step, counters, ranks, configuration, model specs
                                   student.safetensors   the student alone, fp32, open_clip's names
                                   rank_00000.pt         random states and data position of a rank
+                                  masks.pt              of a student that is being pruned
                                   engine/               DeepSpeed's files: model, heads, optimiser
 
 A checkpoint is written as ``.partial_step_N`` and renamed when all ranks have finished and synced
@@ -15,10 +16,10 @@ after the rename, for people to read: ``--run.resume latest`` looks at the folde
 """
 
 from kdengine.checkpoint.folder import checkpoints, clean, find, read_meta, step_name
-from kdengine.checkpoint.masters import clamp_masters, student_weights
+from kdengine.checkpoint.masters import clamp_masters, student_weights, whole_weights
 from kdengine.checkpoint.resume import check, differences, starting_point
 from kdengine.checkpoint.state import State, random_state, set_random_state
-from kdengine.checkpoint.store import export_run, load, save
+from kdengine.checkpoint.store import export_run, load, save, saved_student
 
 __all__ = [
     "State",
@@ -33,8 +34,10 @@ __all__ = [
     "random_state",
     "read_meta",
     "save",
+    "saved_student",
     "set_random_state",
     "starting_point",
     "step_name",
     "student_weights",
+    "whole_weights",
 ]

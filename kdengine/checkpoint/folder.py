@@ -11,7 +11,7 @@ from typing import Any
 from kdengine.durable import sync
 
 FOLDER, LATEST, ENGINE = "checkpoints", "latest", "engine"
-META, STUDENT = "run.json", "student.safetensors"
+META, STUDENT, MASKS = "run.json", "student.safetensors", "masks.pt"
 FORMAT = 2
 PREFIX, PARTIAL, DOOMED, SUPERSEDED = "step_", ".partial_", ".doomed_", "superseded_"
 

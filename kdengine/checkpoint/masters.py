@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 
 def student_weights(engine: Any) -> dict[str, Tensor]:
-    """The student's open_clip state dict in fp32, from the optimiser's masters, on every rank.
+    """The student's open_clip state dict in fp32; see ``whole_weights``."""
+    weights = whole_weights(engine, engine.module.student.clip)
+    if (scale := engine.module.method.pinned_scale) is not None:
+        # the engine may have rounded its parameter to bf16
+        weights["logit_scale"] = torch.full_like(weights["logit_scale"], math.log(scale))
+    return weights
+
+
+def whole_weights(engine: Any, module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a part of the engine's module, from fp32 masters, on the CPU of every rank.
 
     A collective under ZeRO. Buffers (running statistics) are rank 0's on rank 0; they differ
     between ranks.
     """
-    clip: nn.Module = engine.module.student.clip
-    weights = {name: value.detach() for name, value in clip.state_dict().items()}
+    weights = {name: value.detach() for name, value in module.state_dict().items()}
     low = _unsharded_masters(engine)
-    for name, parameter in clip.named_parameters():
+    for name, parameter in module.named_parameters():
         weights[name] = _full(parameter, low.get(parameter))
-    if (scale := engine.module.method.pinned_scale) is not None:
-        # the engine may have rounded its parameter to bf16
-        weights["logit_scale"] = torch.full_like(weights["logit_scale"], math.log(scale))
     return {name: value.to("cpu", copy=True).contiguous() for name, value in weights.items()}
 
 

@@ -20,6 +20,7 @@ class State:
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
     elapsed_s: float = 0.0
+    is_cut: bool = False
 
 
 def random_state() -> dict[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import kdengine
 from kdengine.checkpoint.folder import (
     ENGINE,
     FOLDER,
     FORMAT,
+    MASKS,
     META,
     PARTIAL,
     STUDENT,
@@ -28,11 +30,10 @@ from kdengine.checkpoint.folder import (
     read_meta,
     step_name,
 )
-from kdengine.checkpoint.masters import student_weights
 from kdengine.checkpoint.state import State, random_state, set_random_state
 from kdengine.config import RunConfig, to_dict
 from kdengine.durable import sync, sync_tree
-from kdengine.models import TowerSpec, export_student
+from kdengine.models import Student, TowerSpec, build_from_spec, export_student
 from kdengine.models.export import run_label
 from kdengine.ranks import Ranks
 
@@ -45,13 +46,26 @@ def save(
     ranks: Ranks,
     loader: Any,
     config: RunConfig,
+    weights: Mapping[str, Tensor],
     student: TowerSpec,
     identity: Mapping[str, Any],
+    masks: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint; all ranks call it together.
 
-    Communication: the student's fp32 weights are assembled on every rank (one collective a
-    parameter under ZeRO), five barriers.
+    Args:
+        engine: goes on from its own state.
+        run: folder of the run.
+        state: where the run stands.
+        ranks: this process among all.
+        loader: its position in the data.
+        config: of the run.
+        weights: of the student, as exports will have it; rank 0's count.
+        student: what the weights are.
+        identity: see ``check``.
+        masks: the state of a student that is being pruned.
+
+    Communication: five barriers, and the engine's own.
 
     Returns:
         The folder of the complete checkpoint.
@@ -68,9 +82,10 @@ def save(
     engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
     own = {"random": random_state(), "loader": loader.state_dict()}
     torch.save(own, partial / f"rank_{ranks.rank:05d}.pt")
-    weights = student_weights(engine)
     if ranks.first:
-        save_file(weights, partial / STUDENT, metadata={"format": "pt"})
+        save_file(dict(weights), partial / STUDENT, metadata={"format": "pt"})
+        if masks is not None:
+            torch.save(masks, partial / MASKS)
         meta = {
             "format": FORMAT,
             "kdengine": kdengine.__version__,
@@ -94,14 +109,20 @@ def save(
     return final
 
 
-def load(engine: Any, path: Path, *, ranks: Ranks, loader: Any) -> State:
+def load(
+    engine: Any, path: Path, *, ranks: Ranks, loader: Any, pruning: Any | None = None
+) -> State:
     """Bring engine, data position and random states back to those of a checkpoint; all ranks.
 
-    Nothing may draw random numbers between this call and the first step.
+    Nothing may draw random numbers between this call and the first step. ``pruning`` gets its
+    ``load_state_dict`` called.
     """
     try:
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
         own = torch.load(path / f"rank_{ranks.rank:05d}.pt", weights_only=True)
+        if pruning is not None:
+            masks = torch.load(path / MASKS, weights_only=True, map_location=ranks.device)
+            pruning.load_state_dict(masks)
     except Exception as error:
         raise damaged(path, error) from error
     if loaded is None:
@@ -109,6 +130,18 @@ def load(engine: Any, path: Path, *, ranks: Ranks, loader: Any) -> State:
     loader.load_state_dict(own["loader"])
     set_random_state(own["random"])
     return State(**read_meta(path)["state"])
+
+
+def saved_student(path: Path) -> Student | None:
+    """The student of a checkpoint that was written behind its cut; None of any other.
+
+    Its weights are random: the engine's state has them.
+    """
+    meta = read_meta(path)
+    if not meta["state"].get("is_cut", False):
+        return None
+    spec = TowerSpec.from_dict(meta["student"])
+    return Student(build_from_spec(spec), spec)
 
 
 def damaged(path: Path, error: Exception) -> RuntimeError:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run with masks, its cut, and being stopped before, at and after it."""
+
+import os
+import signal
+from typing import Any
+
+from kdengine.models import load_model
+from kdengine.models.masks import num_parameters
+from kdengine.models.ragged import tower_shape
+from kdengine.pruning import original_parameters
+
+CUT, STEPS = 4, 7
+# ZeRO stage, precision, micro-batches; steps at which a run is stopped
+MODES, STOPS = [(0, "fp32", 1), (1, "bf16", 1), (2, "fp32", 2)], (2, CUT, 5)
+
+
+def stopped_and_resumed(
+    rank: int, world_size: int, lines: list[tuple[list[str], int]]
+) -> list[tuple[int, int]]:
+    """Train each line, with SIGTERM to rank 1 in the step before the one given, and resume it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    from kdengine import loop, train
+
+    run_step, codes = loop.run_step, []
+    for line, stop in lines:
+
+        def signalled(job: Any, stop: int = stop, **options: Any) -> Any:
+            if (rank, job.state.step) == (1, stop - 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return run_step(job, **options)
+
+        loop.run_step = signalled if stop else run_step
+        first = train.main(line)
+        loop.run_step = run_step
+        codes.append((first, train.main([*line, "--resume", "latest"]) if stop else 0))
+    return codes
+
+
+def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
+    run_ranks, words, records, tmp_path
+) -> None:
+    lines, wanted = [], []
+    for stage, precision, accum_freq in MODES:
+        fields = {
+            "prune__target": 0.5,
+            "prune__steps": CUT,
+            "prune__warmup": 2,
+            "prune__lr": 0.5,
+            "train__steps": STEPS,
+            "train__zero_stage": stage,
+            "train__precision": precision,
+            "train__accum_freq": accum_freq,
+            "train__batch_size": 16 // accum_freq,
+        }
+        for stop in (0, *STOPS):
+            lines.append((words(f"{stage}-{stop}", **fields), stop))
+            wanted.append((75, 0) if stop else (0, 0))
+    assert run_ranks(stopped_and_resumed, 2, lines, timeout=500) == [wanted] * 2
+    for stage, _, _ in MODES:
+        whole = records(tmp_path / "runs" / f"{stage}-0")
+        assert [r["step"] for r in whole] == list(range(1, STEPS + 1))
+        assert ["sparsity" in r for r in whole] == [True] * CUT + [False] * (STEPS - CUT)
+        assert whole[CUT - 1]["sparsity_target"] == 0.5
+        for stop in STOPS:
+            part = records(tmp_path / "runs" / f"{stage}-{stop}")
+            for name in ("loss", "grad_norm", "lr", "samples_seen", "sparsity"):
+                mode = (stage, stop, name)
+                assert [r.get(name) for r in part] == [r.get(name) for r in whole], mode
+        student = load_model(tmp_path / "runs" / f"{stage}-0" / "export")
+        shapes = [tower_shape(student.tower.clip, x) for x in ("image", "text")]
+        gone = 1 - sum(map(num_parameters, shapes)) / original_parameters(student.spec)
+        # a head is 1.4 % of these small towers
+        assert abs(gone - 0.5) < 0.01
+
+
+def test_what_cannot_be_pruned_is_refused(train_here, words) -> None:
+    told = train_here(
+        words("late", prune__target=0.5, prune__steps=6, train__steps=6),
+        words("resnet", prune__target=0.5, prune__steps=2, model__model="RN-Femto-64"),
+    )
+    assert "expected less than the 6 steps of the run" in told[0][1]
+    assert "no transformer of open_clip" in told[1][1]
