@@ -171,14 +171,14 @@ class Prune:
     """Steps with masks; then the student is cut, and trained on with a new optimiser."""
     warmup: int = 1000
     """Steps in which the share that is to be gone rises to the target."""
-    lr: float = 0.02
+    mask_lr: float = 0.02
     """Learning rate of masks and multipliers, constant."""
 
     def __post_init__(self) -> None:
         _check("prune", "target", self.target, "a share of 0 <= t < 1", 0 <= self.target < 1)
         _check("prune", "steps", self.steps, "a number of steps >= 1", self.steps >= 1)
         _check("prune", "warmup", self.warmup, "a number of steps >= 0", self.warmup >= 0)
-        _check("prune", "lr", self.lr, "a learning rate > 0", self.lr > 0)
+        _check("prune", "mask_lr", self.mask_lr, "a learning rate > 0", self.mask_lr > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Pruning:
         self.gates: dict[str, Gates] = {x: install_ragged(clip, x, self.shapes[x]) for x in TOWERS}
         clip.load_state_dict(weights)
         self.masks = L0Masks(self.shapes, original=original, seed=seed).to(device)
-        options: dict[str, Any] = {"lr": settings.lr, "weight_decay": 0.0}
+        options: dict[str, Any] = {"lr": settings.mask_lr, "weight_decay": 0.0}
         self.optimizers = [
             torch.optim.AdamW(self.masks.log_alpha.values(), **options),
             torch.optim.AdamW(self.masks.multipliers(), maximize=True, **options),

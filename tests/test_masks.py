@@ -118,7 +118,7 @@ def test_expected_size_is_the_mean_over_draws() -> None:
         kind: one.open_probability(one.log_alpha[f"text_{kind}"])
         for kind in ("channels", "heads", "neurons")
     }
-    found = float(expected_parameters(shape, opened))
+    found = float(expected_parameters(shape, opened).detach())
     counts = []
     for step in range(200):
         on = {group: (x > 0).double() for group, x in one.draw(step).items()}

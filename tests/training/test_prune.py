@@ -46,7 +46,7 @@ def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
             "prune__target": 0.5,
             "prune__steps": CUT,
             "prune__warmup": 2,
-            "prune__lr": 0.5,
+            "prune__mask_lr": 0.5,
             "train__steps": STEPS,
             "train__zero_stage": stage,
             "train__precision": precision,
