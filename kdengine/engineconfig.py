@@ -87,15 +87,15 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         if asked:
             raise ValueError(
                 f"deepspeed_config: {path} sets zero_optimization.{key} to {asked!r}, this run has "
-                f"accum_freq {accum_freq} at ZeRO stage {stage}: DeepSpeed would lose the "
-                "gradients of heads and scales, which only the first backward pass of a step has; "
-                "take the key out of the file, or set --train.accum-freq 1"
+                f"accum_freq {accum_freq} at ZeRO stage {stage}: DeepSpeed would then reduce what "
+                "the last backward pass of a step touches, and heads and scales have their "
+                "gradients in the first; take the key out of the file, or set --train.accum-freq 1"
             )
     return built
 
 
 def _forgets(stage: int, accum_freq: int) -> bool:
-    """Whether overlapped communication loses gradients.
+    """Whether overlapped communication leaves gradients as they are on each rank.
 
     Stage 1 then reduces what the last backward pass of a step touches, and nothing else.
     """

@@ -79,7 +79,7 @@ def test_contradiction_is_refused(tmp_path: Path, given, message) -> None:
 @pytest.mark.parametrize(
     "given", [{"overlap_comm": True}, {"offload_optimizer": {"device": "cpu"}}], ids=str
 )
-def test_what_would_lose_gradients_under_accumulation_is_refused(tmp_path: Path, given) -> None:
+def test_what_would_not_reduce_all_gradients_of_a_step_is_refused(tmp_path: Path, given) -> None:
     content = {"zero_optimization": given}
     (key,) = given
     with pytest.raises(ValueError, match=f"zero_optimization.{key} .*heads and scales"):
