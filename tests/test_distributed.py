@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses over real gloo ranks against the float64 oracle on the concatenated batch, W = 1, 2, 3."""
+"""Losses over real gloo ranks against the float64 oracle on the concatenated batch, W = 1 to 4."""
 
 import pytest
 import torch
@@ -8,12 +8,18 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kdengine import distributed, losses, reference
-from kdengine.losses import sweep
+from kdengine.losses import merging
 from kdengine.ops import Statistics
 
 LOCAL_ROWS, WIDTH, TEACHER_WIDTH = 5, 6, 4
 SCALE, UPSTREAM = 7.0, 1.7
-WORLDS = [1, 2, 3]
+WORLDS = [1, 2, 3, 4]
+# how the features travel; 5 rows a rank go in chunks of 2, 1, 2 or of one
+WAYS: dict[str, dict] = {
+    "one chunk": {},
+    "3 chunks": {"num_chunks": 3},
+    "9 chunks, again in the backward": {"num_chunks": 9, "regather": True},
+}
 ALL = {"hard_rows": 0.3, "hard_cols": 0.9, "soft_rows": 1.1, "soft_cols": 0.4}
 HARD_ROWS = {"hard_rows": 1.0, "hard_cols": 0.0}
 ROWS = {"hard_rows": 0.7, "hard_cols": 0.0, "soft_rows": 0.6}
@@ -77,7 +83,7 @@ def part(x: Tensor, rank: int, world_size: int) -> Tensor:
     return x.tensor_split(world_size)[rank]
 
 
-def rank_loss(rank: int, world_size: int, case: str) -> list[Tensor]:
+def rank_loss(rank: int, world_size: int, case: str, way: str) -> list[Tensor]:
     """Loss and gradients of one rank that sees its own part only."""
     query, key, options = whole(case, world_size)
     keys = CASES[case][0]
@@ -101,14 +107,17 @@ def rank_loss(rank: int, world_size: int, case: str) -> list[Tensor]:
     query, key = rows(query).clone().requires_grad_(), cols(key).clone()
     key.requires_grad_(case != "constant keys")
     scale = torch.tensor([SCALE], dtype=torch.float64, requires_grad=True)
-    loss = losses.similarity_loss(query, key, scale, **options, keys=keys, group=dist.group.WORLD)
+    exchange = distributed.Exchange(dist.group.WORLD, **WAYS[way])
+    loss = losses.similarity_loss(query, key, scale, **options, keys=keys, group=exchange)
     (UPSTREAM * loss).backward()
     return [loss.detach(), query.grad, key.grad, scale.grad]
 
 
 def rank_everything(rank: int, world_size: int) -> dict:
     """All that one process start can measure."""
-    found: dict = {case: rank_loss(rank, world_size, case) for case in CASES}
+    found: dict = {
+        (case, way): rank_loss(rank, world_size, case, way) for case in CASES for way in WAYS
+    }
     group = dist.group.WORLD
     image, text, _ = whole("pairs", world_size)
     image, text = (part(x, rank, world_size) for x in (image, text))
@@ -140,9 +149,9 @@ def rank_everything(rank: int, world_size: int) -> dict:
     # an expanded upstream gradient is not contiguous
     found["gather_rows"] = [gathered.detach(), *torch.autograd.grad(gathered.sum(), x)]
     parts = (10.0 * rank + torch.arange(world_size)).requires_grad_()
-    exchanged = distributed.exchange(parts, group)
+    exchanged = distributed.all_to_all(parts, group)
     weights = torch.arange(1.0, world_size + 1) * (rank + 1)
-    found["exchange"] = [
+    found["all_to_all"] = [
         exchanged.detach(),
         *torch.autograd.grad((weights * exchanged).sum(), parts),
     ]
@@ -175,13 +184,16 @@ def ranks(run_ranks):
 
 
 def near(x: Tensor, truth: Tensor) -> None:
-    torch.testing.assert_close(x.reshape(truth.shape), truth, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(x.reshape(truth.shape), truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
-def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks, case: str, world_size: int) -> None:
-    found = [result[case] for result in ranks(world_size)]
+def test_mean_over_ranks_is_the_loss_of_the_whole_batch(
+    ranks, case: str, way: str, world_size: int
+) -> None:
+    found = [result[case, way] for result in ranks(world_size)]
     query, key, options = whole(case, world_size)
     leaves = [query.requires_grad_(), key.requires_grad_()]
     leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
@@ -223,7 +235,7 @@ def test_each_rank_returns_its_own_rows_and_columns(ranks, world_size: int) -> N
                 log_q = teacher.log_softmax(1)[own]
                 divergence = (log_q.exp() * (log_q - log_p)).sum(1).mean()
                 expected += options[f"soft_{side}"] * divergence / 2
-        near(result["pairs"][0], expected)
+        near(result["pairs", "one chunk"][0], expected)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -293,9 +305,9 @@ def test_gather_rows_sums_the_gradients_of_all_ranks(ranks, world_size: int) -> 
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_exchange_sends_parts_and_returns_their_gradients(ranks, world_size: int) -> None:
+def test_all_to_all_sends_parts_and_returns_their_gradients(ranks, world_size: int) -> None:
     for rank, result in enumerate(ranks(world_size)):
-        received, gradient = result["exchange"]
+        received, gradient = result["all_to_all"]
         assert received.tolist() == [10 * r + rank for r in range(world_size)]
         assert gradient.tolist() == [(rank + 1) * (r + 1) for r in range(world_size)]
 
@@ -313,14 +325,14 @@ def test_without_a_group_there_is_one_rank() -> None:
     assert (distributed.world_size(None), distributed.rank(None)) == (1, 0)
     assert torch.equal(distributed.gather_rows(x, None), x)
     assert torch.equal(distributed.gather_constant(x, None), x)
-    assert torch.equal(distributed.exchange(x, None), x)
+    assert torch.equal(distributed.all_to_all(x, None), x)
     assert torch.equal(distributed.average(x, None), x)
 
 
 def test_parts_that_hold_nothing_vanish_in_a_merge() -> None:
     whole_side = torch.tensor([[1.0, 2.0], [-torch.inf, 0.5]])
     empty = torch.zeros(0, 2, 2)
-    merged = sweep.merge(
+    merged = merging.merge(
         Statistics(whole_side, torch.zeros(2, 2), torch.ones(2, 2), empty, empty, empty, empty)
     )
     expected = torch.tensor([1.0, torch.logaddexp(torch.tensor(2.0), torch.tensor(0.5))])

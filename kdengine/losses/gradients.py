@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import distributed
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale
 from kdengine.ops import gradient as gradient_op
@@ -21,7 +21,7 @@ def gradient(
     teacher_scale: Scale,
     *,
     normalize: bool = False,
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """GD: the gradients of InfoNCE at the student's embeddings match those at the teacher's.
@@ -34,8 +34,9 @@ def gradient(
     Returns: 0-D, float64 if a feature is, else float32; it falls as 1/N^2 when the batch grows.
     Gradients: image, text, scale; first order only. The teacher is a constant.
     Memory: O(N E) and strips; never N x N.
-    Communication: one all-gather a tensor. Every rank computes the loss of the global batch, so
-    all return the same; feature gradients are W times its own, for an averaging optimiser.
+    Communication: one all-gather for the student, one for the teacher. Every rank computes the loss
+    of the global batch, so all return the same; feature gradients are W times its own, for an
+    averaging optimiser.
     Raises: ValueError or TypeError for shapes and dtypes that do not fit, an empty batch, or N
     that differs between ranks; RuntimeError for a backend that cannot run.
     Source: CLIP-KD eq. 13, with mean reduction. Its released code divides cosines by scale (a bug)
@@ -63,7 +64,7 @@ def gather_pairs(
     teacher_scale: Scale,
     *,
     normalize: bool,
-    group: Group,
+    group: Group | Exchange,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Checked features of the global batch, image and text of both, and both scales.
 
@@ -80,10 +81,17 @@ def gather_pairs(
                 f"{who}: image is {tuple(image.shape)} but {name} is {tuple(x.shape)}; all need "
                 "the same rows and width; project the student into the teacher's width first"
             )
-    sizes = distributed.gather_sizes((len(image),), group, image.device)
-    distributed.require_even(who, "image", [rows for (rows,) in sizes])
+    exchange = Exchange.over(group)
+    numbers = {"image": len(image), "bytes of a row that travels": 0}
+    for z in (*student[:2], *teacher[:2]):
+        numbers["bytes of a row that travels"] += z.shape[1] * z.itemsize
+    by_name = exchange.gather_numbers(numbers, image.device)
+    distributed.require_even(who, "image", by_name.pop("image"))
+    for name, values in by_name.items():
+        distributed.require_same(who, name, values)
     if len(image) == 0:
         raise ValueError(f"{who}: image and text need at least one row; skip an empty batch")
-    x, y = (distributed.gather_rows(v, group) for v in (student.query, student.key))
-    u, v = (distributed.gather_constant(w, group) for w in (teacher.query, teacher.key))
+    # image and text in one buffer
+    x, y = distributed.gather_rows(torch.cat(student[:2], 1), exchange.group).chunk(2, 1)
+    u, v = distributed.gather_constant(torch.cat(teacher[:2], 1), exchange.group).chunk(2, 1)
     return x, y, u, v, (student.scale, teacher.scale)

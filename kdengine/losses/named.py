@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale, Teachers, TeacherScales
 from kdengine.losses.rows import row_loss
@@ -19,7 +19,12 @@ from kdengine.ops import feature as feature_op
 
 
 def info_nce(
-    image: Tensor, text: Tensor, scale: Scale, *, group: Group = None, backend: str = "auto"
+    image: Tensor,
+    text: Tensor,
+    scale: Scale,
+    *,
+    group: Group | Exchange = None,
+    backend: str = "auto",
 ) -> Tensor:
     """CLIP's contrastive loss: each image names its text and each text its image.
 
@@ -39,7 +44,7 @@ def contrastive_relational(
     teacher_text: Teachers,
     teacher_scale: TeacherScales,
     *,
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """CRD, affinity mimicking: the teacher's softmaxes over the batch are the student's targets.
@@ -76,7 +81,7 @@ def interactive_contrastive(
     teacher_text: Tensor,
     *,
     normalize: bool = False,
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """ICL: a student anchor finds the teacher's embedding of the other modality.
@@ -114,7 +119,7 @@ def augmented_feature(
     image_fusion: Callable[[Tensor], Tensor],
     text_fusion: Callable[[Tensor], Tensor],
     *,
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """AFD: InfoNCE of student and teacher embeddings, fused by one learned layer a modality.
@@ -146,7 +151,7 @@ def cluster_cross_entropy(
     margin: float = 0.0,
     *,
     keys: str = "replicated",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """Cluster discrimination: each image names its cluster, with an additive angular margin.
@@ -178,7 +183,7 @@ def logit_kl(
     *,
     temperature: float = 1.0,
     keys: str = "replicated",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """Distillation of zero-shot logits over K class texts, with a Hinton temperature t.
@@ -221,7 +226,7 @@ def cluster_kl(
     *,
     temperature: float = 1.0,
     keys: str = "replicated",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """Distillation of soft cluster assignments: ``logit_kl`` with centroids for class texts.
@@ -251,7 +256,7 @@ def feature(
     *,
     normalize: bool = False,
     reduction: str = "mean",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """FD of one modality: squared error between student and teacher embeddings.

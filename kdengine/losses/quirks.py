@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange, Group
 from kdengine.losses.gradients import gather_pairs
 from kdengine.losses.inputs import Scale
 
@@ -54,7 +54,7 @@ def released_gradient(
     teacher_scale: Scale,
     *,
     normalize: bool = False,
-    group: Group = None,
+    group: Group | Exchange = None,
 ) -> Tensor:
     """GD of the released code: four errors of gradients whose softmaxes divide by the scale.
 

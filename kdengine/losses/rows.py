@@ -4,15 +4,18 @@
 import torch
 from torch import Tensor
 
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange
+from kdengine.losses import inputs
 from kdengine.losses.inputs import Features
-from kdengine.losses.sweep import Layout, lay_out, nowhere, own_block, reduced_rows, row_labels
+from kdengine.losses.layout import Layout, lay_out
+from kdengine.losses.sweep import check_row_labels, eager_over_ranks, reduced_rows
 from kdengine.losses.terms import hard_term, soft_terms
-from kdengine.ops import similarity_rows
+from kdengine.ops import Statistics, similarity_rows
 from kdengine.ops.row_terms import with_margin
 from kdengine.ops.similarity_rows import applies
 
 
+@eager_over_ranks
 def row_loss(
     who: str,
     features: Features,
@@ -22,7 +25,7 @@ def row_loss(
     soft: float = 0.0,
     margin: float = 0.0,
     keys: str,
-    group: Group,
+    group: Exchange,
     backend: str,
 ) -> Tensor:
     """``hard * mean_i CE + soft * mean_i KL`` of the rows alone; CE with an angular margin.
@@ -32,8 +35,11 @@ def row_loss(
     """
     if not soft:
         features = features._replace(teacher_query=[], teacher_key=[])
-    at = lay_out(who, features, keys, group)
-    labels = row_labels(who, at, features, labels, hard != 0)
+    at = lay_out(who, features, keys, group, (True, False))
+    check_row_labels(who, at, labels, hard != 0)
+    if labels is None:
+        first, device = at.first_row, features.query.device
+        labels = torch.arange(first, first + at.num_rows, device=device)
     weights = {"hard": hard, "soft": soft, "margin": margin}
     loss = _at_once(at, features, labels, **weights, backend=backend)
     if loss is not None:
@@ -48,6 +54,25 @@ def row_loss(
     return loss + soft * soft_terms(rows)[0] if soft else loss
 
 
+@eager_over_ranks
+def row_statistics(
+    who: str,
+    features: Features,
+    exclude: Tensor | None,
+    *,
+    keys: str,
+    group: Exchange,
+    backend: str,
+) -> Statistics:
+    """Statistics of the rows; their positives are the columns left out, none by default."""
+    at = lay_out(who, features, keys, group, (True, False))
+    if exclude is None:
+        exclude = torch.full((1,), -1, device=features.query.device).expand(at.num_rows)
+    else:
+        inputs.check_labels(who, "labels", exclude, at.num_rows, at.total_cols)
+    return reduced_rows(at, features, exclude, soft=False, backend=backend).statistics
+
+
 def _at_once(
     at: Layout,
     features: Features,
@@ -60,24 +85,22 @@ def _at_once(
 ) -> Tensor | None:
     """The weighted loss of this rank's rows with gradients made in its forward, where that pays.
 
-    None otherwise, and where a row is not complete on any rank.
+    None otherwise, and where keys have to travel: they arrive while statistics are made.
     """
     query, key, scale = features[:3]
     teachers = len(features.teacher_query)
-    if at.num_ranks > 1 and at.keys == "sharded":
+    if at.num_ranks > 1 and at.keys != "replicated":
         return None
     if not applies(query, key, scale, at.total_cols, teachers, margin, backend):
         return None
-    none = nowhere(features).expand(at.num_cols)
-    block, block_labels, _ = own_block(at, features, labels, none)
     return similarity_rows(
-        block.query,
-        block.key,
-        block.scale,
-        block_labels,
-        teacher_query=block.teacher_query,
-        teacher_key=block.teacher_key,
-        teacher_scale=block.teacher_scale if teachers else None,
+        features.query,
+        features.key,
+        features.scale,
+        labels,
+        teacher_query=features.teacher_query,
+        teacher_key=features.teacher_key,
+        teacher_scale=features.teacher_scale if teachers else None,
         hard=hard,
         soft=soft,
         margin=margin,

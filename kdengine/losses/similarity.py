@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdengine import distributed
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale, Teachers, TeacherScales
-from kdengine.losses.rows import row_loss
-from kdengine.losses.sweep import lay_out, reduced_rows, sweep
+from kdengine.losses.rows import row_loss, row_statistics
+from kdengine.losses.sweep import sweep
 from kdengine.losses.terms import hard_term, soft_terms
 
 
@@ -46,7 +45,7 @@ def similarity_loss(
     soft_cols: float = 0.0,
     normalize: bool = False,
     keys: str = "gathered",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """Weighted sum of ``similarity_terms``; a term of weight 0 is not computed.
@@ -78,7 +77,7 @@ def similarity_loss(
         teachers = teacher_query, teacher_key, teacher_scale
         features = inputs.check_features(who, query, key, scale, *teachers, normalize)
         if col_labels is not None:
-            num_rows = distributed.world_size(group) * len(query)
+            num_rows = Exchange.over(group).world_size * len(query)
             inputs.check_labels(who, "col_labels", col_labels, len(key), num_rows)
         return row_loss(
             who,
@@ -131,7 +130,7 @@ def similarity_terms(
     soft_cols: bool = True,
     normalize: bool = False,
     keys: str = "gathered",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> SimilarityTerms:
     """Hard and soft cross-entropies of a similarity matrix along rows and columns, in one sweep.
@@ -199,7 +198,7 @@ def similarity_lse(
     exclude: Tensor | None = None,
     normalize: bool = False,
     keys: str = "gathered",
-    group: Group = None,
+    group: Group | Exchange = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-sum-exp of every row of the similarity matrix, without column ``exclude[i]``.
@@ -216,7 +215,4 @@ def similarity_lse(
     """
     who = "similarity_lse"
     features = inputs.check_features(who, query, key, scale, normalize=normalize)
-    at = lay_out(who, features, keys, group)
-    if exclude is not None:
-        inputs.check_labels(who, "labels", exclude, at.num_rows, at.total_cols)
-    return reduced_rows(at, features, exclude, soft=False, backend=backend).statistics.others
+    return row_statistics(who, features, exclude, keys=keys, group=group, backend=backend).others

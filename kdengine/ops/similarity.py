@@ -90,9 +90,7 @@ def similarity(
     keep = (
         (needs_gradient or not is_constant)
         and not attend
-        and _backend.name_of(backend) == "torch"
-        and _kept_bytes(query, key, teacher_query if soft else ())
-        <= _backend.workspace(query) // KEPT_SHARE
+        and keeps_logits(query, len(key), teacher_query if soft else (), backend)
     )
     row_stats, col_stats, teacher_rows, teacher_cols, _, _ = _forward(
         query,
@@ -118,10 +116,14 @@ def similarity(
     )
 
 
-def _kept_bytes(query: Tensor, key: Tensor, teacher_query: Sequence[Tensor]) -> int:
-    """Bytes of the logits of all matrices."""
-    itemsize = _backend.statistics_dtype(query, key, *teacher_query).itemsize
-    return (1 + len(teacher_query)) * len(query) * len(key) * itemsize
+def keeps_logits(
+    query: Tensor, num_cols: int, teacher_query: Sequence[Tensor], backend: str
+) -> bool:
+    """Whether the logits of all matrices are few enough to be kept for the backward."""
+    itemsize = _backend.statistics_dtype(query, *teacher_query).itemsize
+    num_bytes = (1 + len(teacher_query)) * len(query) * num_cols * itemsize
+    limit = _backend.workspace(query) // KEPT_SHARE
+    return _backend.name_of(backend) == "torch" and num_bytes <= limit
 
 
 def _unpack(student: Tensor, teachers: Tensor, means: bool) -> Statistics:
@@ -304,7 +306,8 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple:
         for x, grad in zip(statistics, grads[:4], strict=True)
     ]
     if ctx.attend:
-        pair = _attended_gradients(wanted[0], query, key, scale, labels, attended)
+        named = named_rows(key, labels, attended.dtype)
+        pair = attended_gradients(wanted[0], query, scale, attended, named)
         found = [x if need else None for x, need in zip(pair, needs, strict=True)]
         return (*found, None, None, *no_lists, *[None] * 9)
     gradients = _backward(
@@ -326,14 +329,18 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple:
     return (*found, None, None, *no_lists, *[None] * 9)
 
 
-def _attended_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, scale: Tensor, labels: Tensor, attended: Tensor
+def named_rows(key: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row's positive; 0 for a row whose label names no key."""
+    inside = (labels >= 0) & (labels < len(key))
+    return key[torch.where(inside, labels, 0)].to(dtype) * inside[:, None]
+
+
+def attended_gradients(
+    grad: Tensor, query: Tensor, scale: Tensor, attended: Tensor, named: Tensor
 ) -> tuple[Tensor, None, Tensor]:
     """Gradients of query and scale where the keys are constants: no logit is needed again."""
-    inside = (labels >= 0) & (labels < len(key))
-    named = key[torch.where(inside, labels, 0)].to(attended.dtype)
     pull = grad[0, :, None] * attended
-    pull += torch.where(inside, grad[1], 0)[:, None] * named
+    pull += grad[1, :, None] * named
     grad_scale = (pull * query).sum().to(scale.dtype)
     return (pull * scale).to(query.dtype), None, grad_scale
 

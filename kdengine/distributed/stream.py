@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features on their way between ranks, in chunks: each is used while the next travels.
+
+Every rank needs the rows of every other rank. A chunk is a slice of everybody's rows:
+
+    out     own rows, nothing to wait for | chunk 1 | chunk 2 | ...     asynchronous all-gathers
+    home    chunk 1 | chunk 2 | ... | own rows                          asynchronous reduce-scatters
+
+While chunk k is used, k + 1 and k + 2 are under way; the rank's own rows are used while the first
+chunk comes, and their gradient is made while the last one goes home. Student and teacher travel in
+one buffer, a collective a chunk.
+
+Bytes that a rank sends, n rows of d bytes on each of W ranks: (W - 1) n d out, and (W - 1) n d_k
+home, d_k the bytes of a row that has a gradient. Gradients travel in the dtype of their rows.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdengine.distributed import collectives
+from kdengine.distributed.collectives import Group
+from kdengine.distributed.waits import waiting
+
+# chunks under way at a time
+AHEAD = 2
+# Of the communication one chunk is exposed, so four leave a quarter of it. A chunk has a price: a
+# block of columns costs some ten launches and a merge of row statistics, and below 4096 columns (16
+# tiles of the widest kernel) its products no longer fill a GPU; and a collective passes every rank
+# in turn, so below half a MiB a rank its latency outweighs its bytes (1.5 us at 350 GB/s).
+MAX_CHUNKS, CHUNK_COLS, CHUNK_BYTES = 4, 4096, 512 << 10
+
+
+class Block(NamedTuple):
+    """Rows ``part`` of each of some ranks: those of the first, then those of the next.
+
+    Attributes:
+        rank: whose rows they are, or whose they are not.
+        others: they are those of all the other ranks.
+        world_size: W.
+        part: which of each rank's n rows.
+        tensors: of as many rows each.
+    """
+
+    rank: int
+    others: bool
+    world_size: int
+    part: slice
+    tensors: list[Tensor]
+
+    def numbers(self, num_rows: int, device: torch.device) -> Tensor:
+        """The rows' numbers among the n W of all ranks."""
+        row = torch.arange(self.part.start, self.part.stop, device=device)
+        if not self.others:
+            return row + self.rank * num_rows
+        owner = torch.arange(self.world_size - 1, device=device)
+        owner = owner + (owner >= self.rank)
+        return (owner[:, None] * num_rows + row).flatten()
+
+    def places(self, numbers: Tensor, num_rows: int) -> Tensor:
+        """Where in the block the rows of these numbers are; -1 for one that is not in it."""
+        owner, row = numbers.div(num_rows, rounding_mode="floor"), numbers % num_rows
+        inside = (row >= self.part.start) & (row < self.part.stop)
+        if self.others:
+            inside &= (owner >= 0) & (owner < self.world_size) & (owner != self.rank)
+            place = owner - (owner > self.rank).long()
+        else:
+            inside &= owner == self.rank
+            place = torch.zeros_like(owner)
+        size = self.part.stop - self.part.start
+        return torch.where(inside, place * size + row - self.part.start, -1)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """What belongs to the block's rows in the last dimension of x, (..., W n)."""
+        rows = x.unflatten(-1, (self.world_size, -1))[..., self.part]
+        if not self.others:
+            return rows[..., self.rank, :]
+        return torch.cat([rows[..., : self.rank, :], rows[..., self.rank + 1 :, :]], -2).flatten(-2)
+
+    def put_columns(self, x: Tensor, values: Tensor) -> None:
+        """Write the other way round."""
+        rows = x.unflatten(-1, (self.world_size, -1))[..., self.part]
+        if not self.others:
+            rows[..., self.rank, :] = values
+            return
+        values = values.unflatten(-1, (self.world_size - 1, -1))
+        rows[..., : self.rank, :] = values[..., : self.rank, :]
+        rows[..., self.rank + 1 :, :] = values[..., self.rank :, :]
+
+
+class Exchange:
+    """A process group, and how features travel in it; a loss takes one in place of a group.
+
+    Args:
+        group: the ranks; None for this process alone, which moves nothing.
+        num_chunks: by default up to four, each of 4096 columns and half a MiB a rank or more.
+        regather: let features travel again in the backward instead of keeping those of all ranks:
+            2 chunks of memory instead of all rows, for as many bytes again.
+
+    All ranks choose the same.
+
+    Raises: ValueError for fewer than one chunk and for a process that is not in the group.
+    """
+
+    def __init__(
+        self, group: Group, *, num_chunks: int | None = None, regather: bool = False
+    ) -> None:
+        if num_chunks is not None and num_chunks < 1:
+            raise ValueError(f"Exchange: num_chunks is 1 or more; {num_chunks} came")
+        self.group, self.num_chunks, self.regather = group, num_chunks, regather
+        self.world_size, self.rank = collectives.world_size(group), collectives.rank(group)
+        if self.rank < 0:
+            raise ValueError(
+                f"Exchange: the process is one of the group's ranks; rank {dist.get_rank()} of all "
+                "came, which is not; call the loss on the group's ranks only"
+            )
+
+    @classmethod
+    def over(cls, group: "Group | Exchange") -> "Exchange":
+        """The exchange itself, or one with the defaults."""
+        return group if isinstance(group, Exchange) else cls(group)
+
+    def gather_numbers(
+        self, numbers: Mapping[str, int], device: torch.device
+    ) -> dict[str, list[int]]:
+        """By name, every rank's number; see ``collectives.gather_numbers``."""
+        return collectives.gather_numbers(numbers, self.group, device)
+
+    def outlines(self, tensors: Sequence[Tensor]) -> list[Block]:
+        """The blocks of rows of the given sizes, not yet filled."""
+        num_rows = len(tensors[0])
+        own = Block(self.rank, False, self.world_size, slice(0, num_rows), [])
+        if self.world_size == 1:
+            return [own]
+        limits = [
+            MAX_CHUNKS,
+            (self.world_size - 1) * num_rows // CHUNK_COLS,
+            sum(x.nbytes for x in tensors) // CHUNK_BYTES,
+        ]
+        count = min(num_rows, self.num_chunks or max(1, min(limits)))
+        edges = [num_rows * i // count for i in range(count + 1)]
+        parts = (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+        return [own, *(own._replace(others=True, part=part) for part in parts)]
+
+    def blocks(self, tensors: Sequence[Tensor], *, own_last: bool = False) -> Iterator[Block]:
+        """All ranks' rows of some tensors: the own ones, and chunk by chunk those of the others.
+
+        Shapes: (n, ...) each, the same on every rank. No gradient.
+        """
+        own, *others = self.outlines(tensors)
+        own = own._replace(tensors=[x.detach() for x in tensors])
+        under_way = deque(self._gather(block, own.tensors) for block in others[:AHEAD])
+        if not own_last:
+            yield own
+        for block in [*others[AHEAD:], *[None] * min(AHEAD, len(others))]:
+            arrived = under_way.popleft()()
+            if block is not None:
+                under_way.append(self._gather(block, own.tensors))
+            yield arrived
+        if own_last:
+            yield own
+
+    def _gather(self, block: Block, tensors: list[Tensor]) -> Callable[[], Block]:
+        """Start the all-gather of a chunk; the call that waits for it and unpacks it."""
+        part = block.part
+        own = [x[part] for x in tensors]
+        sent = _pack(own)
+        received = sent.new_empty(self.world_size * len(sent))
+        what = f"all-gather of rows {part.start}..{part.stop - 1} of each rank"
+        arrived = self._begin(what, dist.all_gather_into_tensor, received, sent)
+
+        def arrive() -> Block:
+            arrived()
+            # the own rows among them are not needed
+            by_rank = received.view(self.world_size, -1)
+            rest = torch.cat([by_rank[: self.rank], by_rank[self.rank + 1 :]])
+            return block._replace(tensors=_unpack(rest, own))
+
+        return arrive
+
+    def start_home(self, gradient: Tensor, part: slice) -> Callable[[], Tensor]:
+        """Send the gradient of a chunk's rows to their owners.
+
+        Shapes: gradient ((W - 1) len(part), D), as the rows of a chunk lie.
+        Returns: a call that waits, and returns (len(part), D): what the others' sums say about this
+        rank's rows.
+        """
+        size = part.stop - part.start
+        before, after = gradient.split([self.rank * size, len(gradient) - self.rank * size])
+        # what this rank itself has to say about its rows does not travel
+        sent = torch.cat([before, gradient.new_zeros(size, gradient.shape[1]), after])
+        received = gradient.new_empty(size, gradient.shape[1])
+        what = f"reduce-scatter of the gradient of rows {part.start}..{part.stop - 1} of each rank"
+        arrived = self._begin(what, dist.reduce_scatter_tensor, received, sent)
+
+        def arrive() -> Tensor:
+            arrived()
+            return received
+
+        return arrive
+
+    def _begin(
+        self, what: str, collective: Callable, received: Tensor, sent: Tensor
+    ) -> Callable[[], None]:
+        """Start a collective; the call that waits for it."""
+        group = self.group
+        assert group is not None
+        with waiting(what, group):
+            work = collective(received, sent, group=group, async_op=True)
+
+        def arrived() -> None:
+            with waiting(what, group):
+                work.wait()
+
+        # until then the buffer must live
+        arrived.sent = sent  # type: ignore[attr-defined]
+        return arrived
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers in one vector: in their dtype, or as bytes where there are several."""
+    flat = [x.reshape(-1) for x in tensors]
+    if len({x.dtype for x in flat}) > 1:
+        flat = [x.view(torch.uint8) for x in flat]
+    return torch.cat(flat)
+
+
+def _unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of each of several ranks, (ranks, numbers), below each other."""
+    if len(like) == 1:
+        return [packed.reshape(-1, *like[0].shape[1:])]
+    columns = packed.split([x.nbytes // packed.itemsize for x in like], dim=1)
+    # copied: a view of bytes may begin where no number of its dtype can
+    return [
+        part.clone(memory_format=torch.contiguous_format).view(x.dtype).reshape(-1, *x.shape[1:])
+        for part, x in zip(columns, like, strict=True)
+    ]

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of columns give what the whole matrix gives, on every backend, without other processes."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdengine.distributed import Block, Exchange
+from kdengine.losses import inputs, merging
+from kdengine.losses.streamed import streamed
+from kdengine.ops import Statistics, similarity
+
+ROWS, KEYS, RANKS, OWN, WIDTH = 9, 6, 3, 1, 16
+FIRST_ROW = OWN * ROWS
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+)
+BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
+
+
+class Rehearsal(Exchange):
+    """One of three ranks; the others' rows are known, and what it sends them is kept."""
+
+    def __init__(self, everything: list[Tensor], **options: Any) -> None:
+        super().__init__(None, **options)
+        self.world_size, self.rank, self.everything = RANKS, OWN, everything
+        self.home = torch.zeros_like(everything[0])
+        self.others = [r for r in range(RANKS) if r != OWN]
+
+    def _gather(self, block: Block, tensors: list[Tensor]) -> Callable[[], Block]:
+        ranks = (x.unflatten(0, (RANKS, KEYS))[self.others] for x in self.everything)
+        return lambda: block._replace(tensors=[x[:, block.part].flatten(0, 1) for x in ranks])
+
+    def start_home(self, gradient: Tensor, part: slice) -> Callable[[], Tensor]:
+        sent = gradient.unflatten(0, (len(self.others), -1))
+        self.home.unflatten(0, (RANKS, KEYS))[self.others, part] += sent
+        return lambda: torch.zeros_like(sent[0])
+
+
+def unit(rows: int, width: int = WIDTH) -> Tensor:
+    return F.normalize(torch.randn(rows, width), dim=1)
+
+
+def own(x: Tensor) -> Tensor:
+    return x.tensor_split(RANKS)[OWN].clone()
+
+
+def weighted(sides: list[Statistics | None], weights: list[Tensor]) -> Tensor:
+    """A number that depends on everything which has a gradient."""
+    wanted = [x for side in sides if side for x in (side.others, side.positive, side.gap)]
+    return sum((w[: x.numel()] * x.flatten()).sum() for w, x in zip(weights, wanted, strict=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["one chunk", "4 chunks", "4 chunks, regathered"])
+@pytest.mark.parametrize(
+    ("sides", "learned"),
+    [
+        pytest.param((True, True, True, True), True, id="all"),
+        pytest.param((True, True, False, False), True, id="InfoNCE"),
+        pytest.param((True, False, True, False), True, id="rows of a teacher"),
+        pytest.param((False, True, False, True), True, id="columns"),
+        pytest.param((True, False, False, False), False, id="constant keys"),
+    ],
+)
+def test_blocks_equal_the_whole(backend: str, how: str, sides: tuple, learned: bool) -> None:
+    query, key, scale = unit(ROWS), unit(RANKS * KEYS), torch.tensor(9.0)
+    teacher = [unit(ROWS, 8)], [unit(RANKS * KEYS, 8)]
+    teacher_scale = torch.tensor([20.0])
+    labels = torch.randint(0, RANKS * KEYS, (ROWS,))
+    col_labels = torch.randint(0, RANKS * ROWS, (RANKS * KEYS,))
+    weights = [torch.randn(RANKS * KEYS) for _ in range(6)]
+    leaves = [query.clone().requires_grad_(), key.clone().requires_grad_(learned)]
+    leaves.append(scale.clone().requires_grad_())
+    names = dict(zip(("rows", "cols", "soft_rows", "soft_cols"), sides, strict=True))
+    whole = similarity(
+        *leaves,
+        labels,
+        col_labels - FIRST_ROW,
+        teacher_query=teacher[0],
+        teacher_key=teacher[1],
+        teacher_scale=teacher_scale,
+        **names,
+        backend=backend,
+    )
+    value = weighted(list(whole), weights)
+    expected = torch.autograd.grad(value, [x for x in leaves if x.requires_grad])
+
+    given = [col_labels] if sides[1] else []
+    exchange = Rehearsal(
+        [key, *teacher[1], *given],
+        num_chunks=1 if how == "one chunk" else 4,
+        regather="regathered" in how,
+    )
+    mine = [query.clone().requires_grad_(), own(key).requires_grad_(learned)]
+    mine.append(scale.clone().requires_grad_())
+    features = inputs.Features(
+        *mine, teacher[0], [own(v) for v in teacher[1]], teacher_scale, torch.float32
+    )
+    found = streamed(exchange, features, labels, own(col_labels), FIRST_ROW, sides, False, backend)
+    for side, wanted in zip(found, whole, strict=True):
+        assert (side is None) == (wanted is None)
+        if side is not None and wanted is not None:
+            near(merging.pack(side).flatten(1), merging.pack(wanted))
+    gradients = torch.autograd.grad(
+        weighted(list(found), weights), [x for x in mine if x.requires_grad]
+    )
+    near(gradients[0], expected[0])
+    near(gradients[-1], expected[-1])
+    if learned:
+        all_keys = exchange.home.clone()
+        all_keys.unflatten(0, (RANKS, KEYS))[OWN] += gradients[1]
+        near(all_keys, expected[1])
+
+
+def near(x: Tensor, y: Tensor) -> None:
+    assert x.shape == y.shape and (x - y).norm() <= 3e-6 * y.norm()
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, y = unit(ROWS).requires_grad_(), unit(KEYS).requires_grad_()
+    features = inputs.Features(x, y, torch.tensor(3.0), [], [], torch.zeros(0), torch.float32)
+    exchange = Rehearsal([unit(RANKS * KEYS)])
+    labels, sides = torch.arange(ROWS), (True, True, False, False)
+    rows, _ = streamed(exchange, features, labels, None, FIRST_ROW, sides, False, "torch")
+    assert rows is not None
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(rows.others.sum(), x, create_graph=True)
