@@ -58,9 +58,9 @@ def time_interleaved(
     for name, run in variants.items():
         end = time.perf_counter() + seconds / 20
         run()
-        warm[name] = _time_ms(run, device)
+        warm[name] = time_ms(run, device)
         while time.perf_counter() < end:
-            warm[name] = _time_ms(run, device)
+            warm[name] = time_ms(run, device)
     slowest = max(warm.values(), default=0.0)
     repeats = {name: max(1, min(6, int(slowest / (4 * x)))) for name, x in warm.items()}
     start = time.perf_counter()
@@ -69,11 +69,12 @@ def time_interleaved(
         if number >= MIN_ROUNDS and passed >= seconds or number >= 3 and passed >= 4 * seconds:
             break
         for name, run in variants.items():
-            times[name] += [_time_ms(run, device) for _ in range(repeats[name])]
+            times[name] += [time_ms(run, device) for _ in range(repeats[name])]
     return {name: _spread(values) for name, values in times.items()}
 
 
-def _time_ms(run: Callable[[], object], device: torch.device) -> float:
+def time_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Time of one run."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()

@@ -18,15 +18,18 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 @functools.cache
-def product_ms(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Time of one product rows x rows x width, the unit U of every cost.
+def product_ms(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device, cols: int | None = None
+) -> float:
+    """Time of one product rows x cols x width, by default square: the unit U of every cost.
 
     By ``torch.mm`` into a reused buffer, without an epilogue; in strips where the matrix is too
     large. Float32 is multiplied as torch's settings say.
     """
-    left, right = (random_rows(rows, width, dtype, device) for _ in range(2))
-    height = max(1, min(rows, BUFFER_BYTES // (rows * dtype.itemsize)))
-    out = torch.empty(height, rows, dtype=dtype, device=device)
+    cols = cols or rows
+    left, right = (random_rows(n, width, dtype, device) for n in (rows, cols))
+    height = max(1, min(rows, BUFFER_BYTES // (cols * dtype.itemsize)))
+    out = torch.empty(height, cols, dtype=dtype, device=device)
 
     def multiply() -> None:
         for first in range(0, rows, height):

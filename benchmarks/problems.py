@@ -82,12 +82,12 @@ class Problem(NamedTuple):
         }
 
 
-def make_inputs(problem: Problem, device: torch.device) -> Inputs:
+def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
     """Random unit rows of which a pair agrees so much that it has about half of its softmax.
 
     That is the middle of a training, at every batch, width and scale.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def noise(width: int) -> Tensor:
         x = torch.randn(problem.rows, width, generator=generator, device=device)

@@ -10,7 +10,7 @@ the row where it did, so nothing stops what follows. DIR gets each row when it i
 log of everything.
 
 DIR: environment.json, log.txt, smoke.jsonl, tests.xml, similarity.jsonl, feature.jsonl, data.jsonl,
-step.jsonl, summary.txt.
+step.jsonl, distributed.jsonl, distributed.svg, summary.txt.
 """
 
 import argparse
@@ -32,9 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import common, peers, race  # noqa: E402
 
-PARTS = ("smoke", "tests", "similarity", "feature", "data", "step")
+PARTS = ("smoke", "tests", "similarity", "feature", "distributed", "data", "step")
 # seconds that the parts before leave to a part
-KEPT_S = {"similarity": 30.0, "feature": 30.0, "data": 45.0, "step": 60.0}
+KEPT_S = {"similarity": 30.0, "feature": 30.0, "distributed": 45.0, "data": 45.0, "step": 60.0}
 # seconds: of what is silent for so long; kept for writing the summary; of the least useful part
 SILENCE_S, SUMMARY_S, LEAST_S = 120.0, 5.0, 10.0
 MAX_STARTS = 8
@@ -156,6 +156,9 @@ def parts_of(names: Sequence[str], out: Path) -> list[Part]:
     tests += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "timeout=60"]
     tests += [f"--junitxml={out / 'tests.xml'}"]
     small = [] if is_gpu else ["--rows", "128", "--seconds", "0.2", "--threads", "1"]
+    ranks = ["--plot", str(out / "distributed.svg")]
+    if not is_gpu:
+        ranks += ["--sizes", "2", "--counted", "512", "64", "--seconds", "0.1"]
     few = ["--passes", "0", "--seconds", "2"]
     sizes = [["--repeats", "3"], ["--batch", "256", "--rounds", "3"]]
     if not is_gpu:
@@ -167,6 +170,9 @@ def parts_of(names: Sequence[str], out: Path) -> list[Part]:
         "tests": Part("tests", tests, 150, 0, False),
         "similarity": Part("similarity", ["benchmarks/bench_similarity.py", *small], 480, 0, True),
         "feature": Part("feature", ["benchmarks/bench_feature.py", *small], 60, 0, True),
+        "distributed": Part(
+            "distributed", ["benchmarks/bench_distributed.py", *ranks], 90, 0, True
+        ),
         "data": Part("data", ["benchmarks/bench_data.py", *few, *sizes[0]], 120, 0, True),
         "step": Part("step", ["benchmarks/bench_step.py", *sizes[1]], 240, 0, True),
     }
@@ -222,6 +228,13 @@ def summary(out: Path) -> list[tuple[bool, str]]:
                 both = row["forward_backward"]["median_ms"]
                 kernel = row["backend"].split()[0] in ("triton", "cuda")
                 lines.append((kernel, f"{path.stem}: {what}: {both:.3f} ms {told}"))
+            elif "loss_ms" in row:
+                told = f"W = {row['size']} {row['loss_ms']:.3f} ms"
+                told += f" exposed {row['exposed_ms']:.3f} ms" if "exposed_ms" in row else ""
+                lines.append((row["case"] != "model", f"{path.stem}: {what}: {told}"))
+            elif "bytes_ratio" in row:
+                told = f"bytes {row['bytes_ratio']:.3f} FLOPs {row['flops_ratio']:.3f} of open_clip"
+                lines.append((True, f"{path.stem}: {what}: {told}"))
             elif "samples_per_second" in row:
                 ratios = ("ratio", "time_vs_no_teacher", "time_vs_open_clip", "phases_share")
                 told = " ".join(f"{x} {row[x]:.2f}" for x in ratios if row.get(x) is not None)
