@@ -330,13 +330,32 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> RunConfig:
     """Read a recipe by name or path into a RunConfig.
 
-    A key ``base = "NAME"`` at the top of a recipe starts from that recipe.
+    A key ``base = "NAME"`` at the top of a recipe starts from that recipe; of one with ``stages``
+    this is the first stage, see ``kdengine.stages``.
 
     Raises:
         FileNotFoundError: no such recipe; the message lists those there are.
         ValueError: not TOML, an unknown key (the nearest valid one is named), or a wrong value.
     """
-    return from_dict(RunConfig, _read(name, ()), name)
+    values = _read(name, ())
+    if stages := values.pop("stages", ()):
+        values = _merge(_read(stages[0], (name,)), values)
+    return from_dict(RunConfig, values, name)
+
+
+def recipe_stages(name: str) -> tuple[str, ...]:
+    """The recipes of a recipe's stages, in order; none of one that is a single training.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_recipe``; or they are no list of recipes.
+    """
+    stages = _read(name, ()).get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
+        raise ValueError(f"recipe {name!r}: stages: expected a list of recipes, got {stages!r}")
+    for stage in stages:
+        if _read(stage, (name,)).get("stages"):
+            raise ValueError(f"recipe {name!r}: its stage {stage!r} has stages of its own")
+    return tuple(stages)
 
 
 def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:

@@ -27,12 +27,22 @@ from collections.abc import Sequence
 
 # torch and what stands on it take seconds to import; signals and mistyped options do not wait
 from kdengine import arguments, errors
+from kdengine.config import RunConfig
+from kdengine.stages import stage_lines
 from kdengine.stop import Stop, ignore_signals, leave_on_signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code."""
-    config = arguments.parse(sys.argv[1:] if argv is None else argv, description=__doc__ or "")
+    """Train as the command line says, of a recipe with stages all; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    for line in stage_lines(words):
+        if code := train(arguments.parse(line, description=__doc__ or "")):
+            return code
+    return 0
+
+
+def train(config: RunConfig) -> int:
+    """One training; returns the exit code."""
     from kdengine import job, loop
     from kdengine.ranks import Heartbeat
 
