@@ -137,15 +137,14 @@ class TinyClip:
 
     alpha: float = 1.0
     """Weight of affinity mimicking; the rest, 1 - alpha, is that of InfoNCE."""
-    scale: float | None = 50.0
-    """Multiplier of the cosines of student and teachers, a constant; none: each has its own, and
+    scale: float = 50.0
+    """Multiplier of the cosines of student and teachers, a constant; with 0 each has its own, and
     the student learns its."""
 
     def __post_init__(self) -> None:
         _check("method.tinyclip", "alpha", self.alpha, "a share 0..1", 0 <= self.alpha <= 1)
-        scale = self.scale
-        good = scale is None or 1 <= scale <= 100
-        _check("method.tinyclip", "scale", scale or 0, "a multiplier 1..100, or none", good)
+        good = self.scale == 0 or 1 <= self.scale <= 100
+        _check("method.tinyclip", "scale", self.scale, "a multiplier 1..100, or 0", good)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +177,11 @@ class Prune:
         _check("prune", "target", self.target, "a share of 0 <= t < 1", 0 <= self.target < 1)
         _check("prune", "steps", self.steps, "a number of steps >= 1", self.steps >= 1)
         _check("prune", "warmup", self.warmup, "a number of steps >= 0", self.warmup >= 0)
+        if self.target and self.warmup > self.steps:
+            raise ValueError(
+                f"prune.warmup: expected at most the {self.steps} steps with masks (prune.steps), "
+                f"got {self.warmup}: the masks would never be asked for the whole target; lower it"
+            )
         _check("prune", "mask_lr", self.mask_lr, "a learning rate > 0", self.mask_lr > 0)
 
 

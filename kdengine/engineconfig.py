@@ -81,7 +81,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     zero = built["zero_optimization"]
     forgetful = {
         "overlap_comm": _forgets(stage, accum_freq) and zero["overlap_comm"],
-        "offload_optimizer": accum_freq > 1 and zero.get("offload_optimizer"),
+        "offload_optimizer": accum_freq > 1 and _is_on(zero.get("offload_optimizer")),
     }
     for key, asked in forgetful.items():
         if asked:
@@ -92,6 +92,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
                 "gradients in the first; take the key out of the file, or set --train.accum-freq 1"
             )
     return built
+
+
+def _is_on(offload: Any) -> Any:
+    """An offload section that names a device; "none" is DeepSpeed's word for off."""
+    return offload if (offload or {}).get("device", "none") != "none" else None
 
 
 def _forgets(stage: int, accum_freq: int) -> bool:

@@ -33,7 +33,8 @@ Width = Literal["front", "magnitude", "taylor"]
 class Calibration:
     """The images and captions that widths are chosen and batch norms measured on.
 
-    The same seed gives the same batches.
+    Random crops, in random order, as in training; each sample at most once, and those that fill no
+    batch not at all. The same seed gives the same batches.
     """
 
     shards: str
@@ -54,19 +55,21 @@ class Calibration:
             max_pixels=self.max_pixels,
             progress=True,
         )
+        total = min(self.num_samples, index.num_samples)
+        size = min(self.batch_size, total)
         device_id = torch.cuda.current_device() if on_gpu() else None
         loader: Any = build_loader(
             index,
             views={"image": ViewSpec.like(spec.preprocess)},
             tokenizers={"tokens": spec.tokenizer},
-            batch_size=min(self.batch_size, index.num_samples),
+            batch_size=size,
             num_threads=self.num_threads,
             seed=self.seed,
             device_id=device_id,
         )
         try:
             with Progress(sys.stderr.isatty()) as bars:
-                count = max(1, self.num_samples // self.batch_size)
+                count = total // size
                 advance = bars.begin(title, "batches", count)
                 for _ in range(count):
                     batch = next(loader)
@@ -116,11 +119,9 @@ def inherit_command(
     source = open_model(teacher)
     shape = build_student(student, seed=0)
     spec = student_spec(shape.spec, source.spec)
-    scores = None
-    if width != "front":
-        scores = magnitudes(source) if calibration is None or width == "magnitude" else None
-        if width == "taylor" and calibration is not None:
-            scores = taylor(source, calibration)
+    scores = magnitudes(source) if width == "magnitude" else None
+    if width == "taylor" and calibration is not None:
+        scores = taylor(source, calibration)
     found = inherit(source, Student(shape.tower, spec), depth=depth, scores=scores)
     tower = build_from_spec(spec)
     tower.clip.load_state_dict(found.tensors)
@@ -138,13 +139,15 @@ def inherit_command(
         notes={"inherited": rule},
         files={REPORT: report},
     )
-    note = ""
+    notes = [f"wrote {out}: --model.model local-dir:{out}"]
+    if calibration is not None and width != "taylor" and not normed:
+        notes.append(f"calibration was not needed: width {width}, no batch norms")
     if normed and calibration is None:
-        note = (
+        notes.append(
             "batch norms have the teacher's statistics, which are off after a cut: give "
             "--calibration SHARDS, or train before you evaluate"
         )
-    return Group(*tables(source, cut, found), note or f"wrote {out}: --model.model local-dir:{out}")
+    return Group(*tables(source, cut, found), *notes)
 
 
 def magnitudes(model: Student) -> dict[str, Tensor]:
@@ -178,7 +181,7 @@ def taylor(model: Student, calibration: Calibration) -> dict[str, Tensor]:
 
 
 def recalibrate(model: Student, calibration: Calibration) -> None:
-    """Measure the running statistics of batch norms over calibration images, each counted once."""
+    """Measure the running statistics of batch norms over the calibration images."""
     device = "cuda" if on_gpu() else "cpu"
     visual: Any = model.tower.to(device).clip.visual
     images = (image for image, _ in calibration.batches(model, "recalibrate batch norms"))

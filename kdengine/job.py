@@ -2,6 +2,7 @@
 """A training run before its first step: ranks, models, data, engine, log, put together."""
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from kdengine.log import RunLog
 from kdengine.methods import Distillation, build_method
 from kdengine.models import TowerSpec, build_from_spec
 from kdengine.optimizer import Buffers, adamw
-from kdengine.pruning import Pruning, View
+from kdengine.pruning import BUDGET_TOLERANCE, Pruning, View, lacking
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import Stop
 from kdengine.teachers import Teachers
@@ -73,7 +74,12 @@ class Job:
         method = checkpoint.whole_weights(self.engine, self.engine.module.method)
         weights, spec = self.pruning.view(checkpoint.student_weights(self.engine))
         self.engine.destroy()
-        self.pruning, self.student, self.state.is_cut = None, spec, True
+        # the old engine, which refers to itself, must not lie beside the new one
+        self.engine, self.pruning, self.buffers = None, None, Buffers(torch.nn.Module())
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.student, self.state.is_cut = spec, True
         tower = build_from_spec(spec, grad_checkpointing=self.config.model.grad_checkpointing)
         tower.clip.load_state_dict(weights)
         engine_config = self.identity["engine"]
@@ -83,7 +89,13 @@ class Job:
         )
         self.buffers = Buffers(self.engine.module)
         checkpoint.set_random_state(before)
-        self.log.note(f"cut after step {self.state.step}: {assembly.size(spec, tower)}")
+        gone, asked = lacking(spec), self.config.prune.target
+        self.log.note(
+            f"cut after step {self.state.step}: {assembly.size(spec, tower)}; {gone:.2%} of the "
+            f"original's block parameters are gone, {asked:.2%} were asked for"
+        )
+        if abs(gone - asked) > BUDGET_TOLERANCE:
+            self.log.warn("the target is missed: heads of a small tower are a coarse measure")
 
 
 def start_ranks(config: RunConfig) -> Ranks:
@@ -122,7 +134,10 @@ def build(
     folder = Path(config.run.logs) / config.run.name
     resumed = checkpoint.starting_point(folder, config.run.resume, me)
     engine_config = deepspeed_config(config, me.world_size)
-    student = checkpoint.saved_student(resumed) if resumed else None
+    student = None
+    if resumed:
+        checkpointing = config.model.grad_checkpointing
+        student = checkpoint.saved_student(resumed, grad_checkpointing=checkpointing)
     is_cut = student is not None
     student = student or assembly.build_student(config)
     pruning = None

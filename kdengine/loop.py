@@ -227,4 +227,5 @@ def save(job: Job) -> None:
         identity=job.identity,
         masks=None if job.pruning is None else job.pruning.state_dict(),
     )
-    job.log.note(f"saved {path} in {time.perf_counter() - start:.1f} s")
+    if path is not None:
+        job.log.note(f"saved {path} in {time.perf_counter() - start:.1f} s")

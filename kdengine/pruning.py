@@ -15,16 +15,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from kdengine import distributed
 from kdengine.config import Prune
-from kdengine.distributed import Group, world_size
+from kdengine.distributed import Group
 from kdengine.models import Student, TowerSpec, build_from_spec
+from kdengine.models.axes import canonical, model_axes
 from kdengine.models.cut import Dense, cut
 from kdengine.models.masks import L0Masks, num_parameters
 from kdengine.models.ragged import Gates, RaggedShape, Tower, install_ragged, tower_shape
 
+# allowed distance of the share that is gone from the target
+BUDGET_TOLERANCE = 0.005
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 
 
@@ -64,6 +67,9 @@ class Pruning:
         self.shapes: dict[str, RaggedShape] = {x: tower_shape(clip, x) for x in TOWERS}
         original = original_parameters(student.spec)
         self.start = 1 - sum(map(num_parameters, self.shapes.values())) / original
+        # a tensor that is in no table could not be cut later
+        sizes = {canonical(name): tuple(x.shape) for name, x in weights.items()}
+        model_axes(sizes, {tower: shape.head_width for tower, shape in self.shapes.items()})
         if settings.target <= self.start:
             raise ValueError(
                 f"prune.target: expected more than the {self.start:.1%} of the original's "
@@ -98,10 +104,7 @@ class Pruning:
             for factor in self._factors.values()
         ]
         if applied:
-            flat = torch.cat(gradients)
-            if world_size(self.group) > 1:
-                dist.all_reduce(flat, group=self.group)
-                flat /= world_size(self.group)
+            flat = distributed.average(torch.cat(gradients), self.group)
             parts = flat.split([len(gradient) for gradient in gradients])
             torch.autograd.backward(list(self._drawn.values()), list(parts))
             self.masks.penalty(self.target(step)).backward()
@@ -133,8 +136,7 @@ class Pruning:
             target: the share of the original's parameters to be gone; the last one by default.
         """
         share = self.settings.target if target is None else target
-        factors = {k: x.cpu() for k, x in self.masks.final_factors(share).items()}
-        dense: Dense = cut(weights, self.shapes, factors)
+        dense: Dense = cut(weights, self.shapes, self.masks.final_factors(share))
         sizes = {tower: shape.to_dict() for tower, shape in dense.shapes.items()}
         config = {**self.spec.model_cfg, "ragged": sizes}
         return View(dense.tensors, dataclasses.replace(self.spec, model_cfg=config))
@@ -151,6 +153,14 @@ class Pruning:
         self.masks.load_state_dict(state["masks"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+
+
+def lacking(spec: TowerSpec) -> float:
+    """The share of the original's parameters that a model lacks, counted."""
+    with torch.device("meta"):
+        clip = build_from_spec(spec).clip
+    left = sum(num_parameters(tower_shape(clip, tower)) for tower in TOWERS)
+    return 1 - left / original_parameters(spec)
 
 
 def original_parameters(spec: TowerSpec) -> int:

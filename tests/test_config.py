@@ -36,6 +36,19 @@ def test_every_recipe_loads_and_is_short(name: str, repository: Path) -> None:
     assert len(lines) <= 40
 
 
+def test_none_is_what_an_optional_field_is_without_a_word() -> None:
+    """TOML has no word for none, so that a configuration could not be kept otherwise."""
+
+    def visit(value: object) -> None:
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            inner = getattr(value, field.name)
+            if dataclasses.is_dataclass(inner):
+                visit(inner)
+            assert "None" not in str(field.type) or inner is None, field.name
+
+    visit(RunConfig())
+
+
 def test_toml_round_trip_keeps_every_value(tmp_path: Path) -> None:
     config = RunConfig(
         optim=Optim(lr=3e-5, grad_clip_norm=1.0, eps=1e-8),

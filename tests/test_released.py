@@ -106,7 +106,7 @@ def test_what_is_no_tinyclip_is_refused(student: Student, tmp_path: Path) -> Non
 
 def test_two_values_of_one_tensor_are_refused(student: Student, tmp_path: Path) -> None:
     tensors = laid_out(student.tower.clip.state_dict())
-    tensors["module._text_encoder.ln_final.bias"] = torch.ones(128)
+    tensors["module._text_encoder.ln_final.bias"] = torch.ones(128).bfloat16()
     torch.save(tensors, tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="ln_final.bias is there twice"):
         read_released(tmp_path / "twice.pt")

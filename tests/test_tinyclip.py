@@ -100,7 +100,7 @@ def test_a_pinned_scale_is_a_constant_from_the_first_step() -> None:
     assert float(logged["scale"]) == pytest.approx(50) and set(logged) == {"affinity", "scale"}
 
 
-@pytest.mark.parametrize("values", [{"alpha": 1.5}, {"scale": 0.0}, {"scale": 200.0}])
+@pytest.mark.parametrize("values", [{"alpha": 1.5}, {"scale": 0.5}, {"scale": 200.0}])
 def test_settings_that_mean_nothing_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"method\.tinyclip"):
         config.TinyClip(**values)

@@ -99,11 +99,13 @@ def check(path: Path, config: RunConfig, ranks: Ranks, identity: Mapping[str, An
     """
     meta = read_meta(path)
     if meta["world_size"] != ranks.world_size:
+        weights = f"--model.pretrained {path / STUDENT}"
+        if "ragged" in meta["student"]["model_cfg"]:
+            weights = f"'kdengine export {path} OUT' and --model.model local-dir:OUT"
         raise ValueError(
             f"resume: {path} was written by {meta['world_size']} ranks, this run has "
             f"{ranks.world_size}; the data position and the ZeRO shards belong to a rank: start "
-            f"{meta['world_size']} ranks, or start a new run from its weights with "
-            f"--model.pretrained {path / STUDENT}"
+            f"{meta['world_size']} ranks, or start a new run from its weights with {weights}"
         )
     changed = differences(meta, config)
     notes = []

@@ -50,7 +50,7 @@ def save(
     student: TowerSpec,
     identity: Mapping[str, Any],
     masks: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Path | None:
     """Write a checkpoint; all ranks call it together.
 
     Args:
@@ -68,12 +68,12 @@ def save(
     Communication: five barriers, and the engine's own.
 
     Returns:
-        The folder of the complete checkpoint.
+        The folder of the checkpoint; None where this step has one already.
     """
     folder = run / FOLDER
     final = folder / step_name(state.step)
     if ranks.broadcast(final.exists()):
-        return final
+        return None
     partial = folder / f"{PARTIAL}{final.name}"
     if ranks.first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +121,8 @@ def load(
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
         own = torch.load(path / f"rank_{ranks.rank:05d}.pt", weights_only=True)
         if pruning is not None:
-            masks = torch.load(path / MASKS, weights_only=True, map_location=ranks.device)
+            # AdamW's step counters stay where they are loaded, and on a GPU each is waited for
+            masks = torch.load(path / MASKS, weights_only=True, map_location="cpu")
             pruning.load_state_dict(masks)
     except Exception as error:
         raise damaged(path, error) from error
@@ -132,7 +133,7 @@ def load(
     return State(**read_meta(path)["state"])
 
 
-def saved_student(path: Path) -> Student | None:
+def saved_student(path: Path, *, grad_checkpointing: bool) -> Student | None:
     """The student of a checkpoint that was written behind its cut; None of any other.
 
     Its weights are random: the engine's state has them.
@@ -141,7 +142,7 @@ def saved_student(path: Path) -> Student | None:
     if not meta["state"].get("is_cut", False):
         return None
     spec = TowerSpec.from_dict(meta["student"])
-    return Student(build_from_spec(spec), spec)
+    return Student(build_from_spec(spec, grad_checkpointing=grad_checkpointing), spec)
 
 
 def damaged(path: Path, error: Exception) -> RuntimeError:

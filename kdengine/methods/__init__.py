@@ -56,5 +56,7 @@ def build_method(
     if not teacher_widths:
         raise teacher_missing(method.name)
     if method.name == "tinyclip":
-        return TinyClip(len(teacher_widths), **asdict(method.tinyclip), group=group)
+        own = method.tinyclip
+        scale = own.scale or None
+        return TinyClip(len(teacher_widths), alpha=own.alpha, scale=scale, group=group)
     return ClipKD(student_width, teacher_widths, **asdict(method.clip_kd), group=group)

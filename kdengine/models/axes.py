@@ -95,7 +95,7 @@ def model_axes(
             axes = _resnet_block(layer)
         if axes is None:
             raise ValueError(
-                f"inherit: the tensor {name} is in no ViT, ModifiedResNet or text transformer of "
+                f"cut: the tensor {name} is in no ViT, ModifiedResNet or text transformer of "
                 "open_clip, the towers that can be cut; take a teacher and a student of these"
             )
         found[name] = (*axes, *[None] * (len(shape) - len(axes)))

@@ -159,8 +159,9 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
             f"{role} {name}: open_clip {open_clip.__version__} cannot build it: {error}"
         ) from error
     for tower, sizes in ragged.items():
-        install_ragged(clip, tower, RaggedShape.from_dict(sizes))
-        _randomise(clip, tower)
+        shape = RaggedShape.from_dict(sizes)
+        install_ragged(clip, tower, shape)
+        _randomise(clip, tower, shape)
     if clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
     if source.checkpoint is not None:
@@ -168,16 +169,27 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
     return TwoTower(clip, clamp_scale=clamp_scale)
 
 
-def _randomise(clip: nn.Module, tower: Tower) -> None:
-    """Give a ragged tower random weights, as open_clip's have."""
+def _randomise(clip: nn.Module, tower: Tower, shape: RaggedShape) -> None:
+    """Random weights, as open_clip draws those of its text transformer."""
+    narrow, depth = shape.width**-0.5, (2 * len(shape.heads)) ** -0.5
+    deviations = {
+        r"in_proj_weight|class_embedding|visual\.positional_embedding|visual\.proj|"
+        r"text_projection": narrow,
+        r"(out_proj|c_proj)\.weight": narrow * depth,
+        r"c_fc\.weight": (2 * shape.width) ** -0.5,
+        r"token_embedding\.weight": 0.02,
+        r"positional_embedding": 0.01,
+    }
     for name, value in clip.named_parameters():
-        if tower_of(canonical(name)) != tower or name.startswith("logit_"):
+        name = canonical(name)
+        if tower_of(name) != tower or name.startswith("logit_"):
             continue
+        found = next((std for key, std in deviations.items() if re.search(f"({key})$", name)), None)
         with torch.no_grad():
-            if value.dim() < 2:
+            if found is not None:
+                value.normal_(std=found)
+            elif "conv1" not in name:
                 value.fill_(1.0 if re.search(r"ln_\w+\.weight$", name) else 0.0)
-            else:
-                value.normal_(std=0.02)
 
 
 def _load(role: str, clip: nn.Module, name: str, checkpoint: str) -> None:

@@ -131,32 +131,36 @@ class L0Masks(nn.Module):
 
     @torch.no_grad()
     def final_factors(self, target: float) -> dict[str, Tensor]:
-        """The factors that stay, by group, such that the target share of parameters is gone.
+        """The factors that stay, by group, on the CPU: the target share of parameters is gone.
 
         Of each group the ``round(sum P(z > 0))`` units with the largest log-alphas stay, with
         ``sigmoid(0.8 log_alpha / T)``, and all log-alphas are shifted by the one number that brings
         the count to the target (bisection; heads and neurons are whole, so it is met to within
         about a unit). Of the channels at least one stays.
         """
+        # a device would be waited for hundreds of times
+        groups = self._by_group({name: x.detach().cpu() for name, x in self.log_alpha.items()})
         low, high = -40.0, 40.0
         for _ in range(60):
             middle = (low + high) / 2
-            if self._sparsity_of(self._kept(middle)) < target:
+            if self._sparsity_of(self._counts(groups, middle)) < target:
                 # too much is left
                 high = middle
             else:
                 low = middle
-        both = [self._kept(shift) for shift in (low, high)]
-        kept = min(both, key=lambda one: abs(self._sparsity_of(one) - target))
-        soft = {
-            name: (CERTAINTY * log_alpha / TEMPERATURE).sigmoid()
-            for name, log_alpha in self.log_alpha.items()
-        }
-        return {group: factor * kept[group] for group, factor in self._by_group(soft).items()}
+        both = [self._counts(groups, shift) for shift in (low, high)]
+        counts = min(both, key=lambda one: abs(self._sparsity_of(one) - target))
+        found = {}
+        for group, log_alpha in groups.items():
+            # stable: of equal log-alphas the first
+            best = log_alpha.sort(descending=True, stable=True).indices[: counts[group]]
+            factor = (CERTAINTY * log_alpha / TEMPERATURE).sigmoid()
+            found[group] = torch.zeros_like(factor).index_copy(0, best, factor[best])
+        return found
 
     def final_sparsity(self, factors: Mapping[str, Tensor]) -> float:
         """The share of the original's parameters that is gone with these factors, counted."""
-        return self._sparsity_of({group: factor != 0 for group, factor in factors.items()})
+        return self._sparsity_of({group: int(x.count_nonzero()) for group, x in factors.items()})
 
     def set_gates(self, gates: Mapping[str, Gates], factors: Mapping[str, Tensor]) -> None:
         """Put factors, by group, into the gates of the towers."""
@@ -181,30 +185,24 @@ class L0Masks(nn.Module):
                 found |= {f"{tower}.{n}.{kind}": part for n, part in enumerate(parts)}
         return found
 
-    def _kept(self, shift: float) -> dict[str, Tensor]:
-        """Which units stay, by group, with all log-alphas shifted."""
-        kept = {}
-        for group, log_alpha in self._by_group(dict(self.log_alpha)).items():
+    def _counts(self, groups: Mapping[str, Tensor], shift: float) -> dict[str, int]:
+        """How many units of each group stay, with all log-alphas shifted."""
+        found = {}
+        for group, log_alpha in groups.items():
             count = int(self.open_probability(log_alpha + shift).sum().round())
-            if group.endswith("channels"):
-                count = max(count, 1)
-            on = torch.zeros_like(log_alpha, dtype=torch.bool)
-            # stable: of equal log-alphas the first
-            order = log_alpha.sort(descending=True, stable=True).indices
-            on[order[:count]] = True
-            kept[group] = on
-        return kept
+            found[group] = max(count, 1) if group.endswith("channels") else count
+        return found
 
-    def _sparsity_of(self, kept: Mapping[str, Tensor]) -> float:
+    def _sparsity_of(self, counts: Mapping[str, int]) -> float:
         left = 0
         for tower, shape in self.shapes.items():
             layers = range(len(shape.heads))
             left += num_parameters(
                 RaggedShape(
-                    width=int(kept[f"{tower}.channels"].sum()),
+                    width=counts[f"{tower}.channels"],
                     head_width=shape.head_width,
-                    heads=tuple(int(kept[f"{tower}.{n}.heads"].sum()) for n in layers),
-                    neurons=tuple(int(kept[f"{tower}.{n}.neurons"].sum()) for n in layers),
+                    heads=tuple(counts[f"{tower}.{n}.heads"] for n in layers),
+                    neurons=tuple(counts[f"{tower}.{n}.neurons"] for n in layers),
                 )
             )
         return 1 - left / self.original

@@ -128,7 +128,8 @@ class Attention(nn.Module):
         """Shapes: x [b, n, width], mask [n, n], factors [heads] -> [b, n, width]."""
         stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = stacked.unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask.to(x.dtype)
+        # under autocast the products are rounded, the stream is not
+        mask = None if mask is None else mask.to(query.dtype)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         if factors is not None:
             seen = seen * factors.to(seen.dtype)[:, None, None]
@@ -227,11 +228,13 @@ def install_ragged(clip: nn.Module, tower: Tower, shape: RaggedShape) -> Gates:
     """
     home, gates = _home(clip, tower), Gates()
     blocks: Any = home.transformer.resblocks
-    activation = next(b.mlp.gelu for b in blocks if hasattr(b.mlp, "gelu"))
+    activations = [b.mlp.gelu for b in blocks if hasattr(b.mlp, "gelu")]
+    if not activations:
+        raise ValueError(f"ragged: no layer of the {tower} tower has neurons left")
     last = "ln_post" if tower == "image" else "ln_final"
     eps = getattr(home, last).eps
     home.transformer.resblocks = nn.ModuleList(
-        RaggedBlock(shape, number, activation, eps, gates) for number in range(len(shape.heads))
+        RaggedBlock(shape, number, activations[0], eps, gates) for number in range(len(shape.heads))
     )
     home.transformer.width, home.transformer.layers = shape.width, len(shape.heads)
     setattr(home, last, GatedNorm(shape.width, eps, gates))
@@ -276,6 +279,8 @@ def _home(clip: nn.Module, tower: Tower) -> Any:
         usual = usual and not isinstance(home.ln_pre, nn.Identity)
     else:
         usual = usual and isinstance(home.text_projection, nn.Parameter)
+        usual = usual and getattr(home, "cls_emb", None) is None
+        usual = usual and not getattr(home, "use_pad_mask", False)
     if not usual:
         raise ValueError(
             f"ragged: the {tower} tower is no transformer of open_clip with the usual parts (one "

@@ -54,9 +54,10 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
             # of a sublayer without units
             continue
         plain = _PREFIX.sub("", name)
+        value = value.float() if value.is_floating_point() else value
         if plain in found and not torch.equal(found[plain], value):
             raise ValueError(f"convert: {path}: {plain} is there twice, with different values")
-        found[plain] = value.float() if value.is_floating_point() else value
+        found[plain] = value
     # a buffer that open_clip makes itself
     found.pop("attn_mask", None)
     if "logit_scale" not in found or not any(name.startswith("visual.") for name in found):

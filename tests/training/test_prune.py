@@ -12,7 +12,7 @@ from kdengine.pruning import original_parameters
 
 CUT, STEPS = 4, 7
 # ZeRO stage, precision, micro-batches; steps at which a run is stopped
-MODES, STOPS = [(0, "fp32", 1), (1, "bf16", 1), (2, "fp32", 2)], (2, CUT, 5)
+MODES, STOPS = [(0, "fp32", 1), (1, "amp_bf16", 2), (2, "bf16", 1)], (2, CUT, 5)
 
 
 def stopped_and_resumed(
@@ -42,7 +42,7 @@ def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
 ) -> None:
     lines, wanted = [], []
     for stage, precision, accum_freq in MODES:
-        fields = {
+        fields: dict[str, Any] = {
             "prune__target": 0.5,
             "prune__steps": CUT,
             "prune__warmup": 2,
@@ -54,7 +54,9 @@ def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
             "train__batch_size": 16 // accum_freq,
         }
         for stop in (0, *STOPS):
-            lines.append((words(f"{stage}-{stop}", **fields), stop))
+            line = words(f"{stage}-{stop}", **fields)
+            # recomputed activations give the same numbers
+            lines.append(([*line, "--model.grad-checkpointing"] if stage == 2 else line, stop))
             wanted.append((75, 0) if stop else (0, 0))
     assert run_ranks(stopped_and_resumed, 2, lines, timeout=500) == [wanted] * 2
     for stage, _, _ in MODES:
