@@ -77,9 +77,10 @@ def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
 
 
 def test_what_cannot_be_pruned_is_refused(train_here, words) -> None:
+    pruned = {"prune__target": 0.5, "prune__warmup": 1}
     told = train_here(
-        words("late", prune__target=0.5, prune__steps=6, train__steps=6),
-        words("resnet", prune__target=0.5, prune__steps=2, model__model="RN-Femto-64"),
+        words("late", **pruned, prune__steps=6, train__steps=6),
+        words("resnet", **pruned, prune__steps=2, model__model="RN-Femto-64"),
     )
     assert "expected less than the 6 steps of the run" in told[0][1]
     assert "no transformer of open_clip" in told[1][1]
