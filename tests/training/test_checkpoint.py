@@ -40,7 +40,8 @@ def fake(run: Path, *steps: int, **meta: Any) -> None:
     for step in steps:
         folder = run / "checkpoints" / checkpoint.step_name(step)
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"format": FORMAT} | meta))
+        meta = {"format": FORMAT, "student": {"model_cfg": {}}} | meta
+        (folder / "run.json").write_text(json.dumps(meta))
         (run / "checkpoints" / "latest").write_text(folder.name)
 
 
@@ -117,6 +118,13 @@ def test_resume_into_another_run_is_refused(tmp_path, changed, ranks, samples, m
         checkpoint.check(
             checkpoint.find(tmp_path, "5"), RunConfig(train=Train(steps=9)), ONE, IDENTITY
         )
+
+
+def test_a_cut_student_is_exported_for_a_run_of_other_ranks(tmp_path: Path) -> None:
+    student = {"model_cfg": {"ragged": {}}}
+    fake(tmp_path, 5, world_size=2, identity=IDENTITY, config={}, student=student)
+    with pytest.raises(ValueError, match="weights with 'kdengine export .*step_00000005 OUT'"):
+        checkpoint.check(checkpoint.find(tmp_path, "5"), RunConfig(), ONE, IDENTITY)
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
