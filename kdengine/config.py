@@ -33,7 +33,8 @@ class Data:
     """Where the training pairs come from."""
 
     train_data: str = ""
-    """Shards: braces ('/data/{00000..00331}.tar'), several joined by '::'."""
+    """Shards: braces ('/data/{00000..00331}.tar'), a folder (all .tar files directly in it),
+    several joined by '::'."""
     dataset_type: Literal["webdataset", "synthetic"] = "webdataset"
     """'synthetic' makes random pairs, for benchmarks only."""
     train_num_samples: int = 0

@@ -57,9 +57,10 @@ def build_synthetic_loader(
     check_names(views, tokenizers)
     global_batch = world_size * batch_size * accum_freq
     if num_samples < global_batch:
+        parts = f" x {accum_freq} micro-batches" if accum_freq > 1 else ""
         raise ValueError(
-            f"data.train_num_samples: expected enough for one global batch of {world_size} ranks "
-            f"x {accum_freq} x {batch_size} = {global_batch}, got {num_samples}"
+            f"data.train_num_samples: expected enough for one global batch of {world_size} ranks"
+            f"{parts} x {batch_size} = {global_batch}, got {num_samples}"
         )
     return SyntheticLoader(
         num_samples,
