@@ -99,19 +99,20 @@ class Pruning:
 
         Communication: one all-reduce of the factors' gradients.
         """
+        if not applied:
+            return
         gradients = [
             torch.zeros_like(factor) if factor.grad is None else factor.grad
             for factor in self._factors.values()
         ]
-        if applied:
-            flat = distributed.average(torch.cat(gradients), self.group)
-            parts = flat.split([len(gradient) for gradient in gradients])
-            torch.autograd.backward(list(self._drawn.values()), list(parts))
-            self.masks.penalty(self.target(step)).backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            self.masks.clamp_()
+        flat = distributed.average(torch.cat(gradients), self.group)
+        parts = flat.split([len(gradient) for gradient in gradients])
+        torch.autograd.backward(list(self._drawn.values()), list(parts))
+        self.masks.penalty(self.target(step)).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.masks.clamp_()
 
     def told(self, step: int) -> dict[str, float]:
         """For the log after so many steps: the share of the original's parameters expected to be
@@ -157,15 +158,16 @@ class Pruning:
 
 def lacking(spec: TowerSpec) -> float:
     """The share of the original's parameters that a model lacks, counted."""
-    with torch.device("meta"):
-        clip = build_from_spec(spec).clip
-    left = sum(num_parameters(tower_shape(clip, tower)) for tower in TOWERS)
-    return 1 - left / original_parameters(spec)
+    return 1 - _count(spec) / original_parameters(spec)
 
 
 def original_parameters(spec: TowerSpec) -> int:
     """The parameters, see ``num_parameters``, of the towers before anything was cut from them."""
     config = {name: value for name, value in spec.model_cfg.items() if name != "ragged"}
+    return _count(dataclasses.replace(spec, model_cfg=config))
+
+
+def _count(spec: TowerSpec) -> int:
     with torch.device("meta"):
-        clip = build_from_spec(dataclasses.replace(spec, model_cfg=config)).clip
+        clip = build_from_spec(spec).clip
     return sum(num_parameters(tower_shape(clip, tower)) for tower in TOWERS)

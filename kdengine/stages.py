@@ -10,55 +10,31 @@ is left to train, and one that fails ends the command.
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdengine import arguments
-from kdengine.config import load_recipe, recipe_stages
-
-# what a stage decides for itself
-OWN = ("--run.name", "--run.resume")
+from kdengine import LOCAL_DIR, arguments
+from kdengine.config import recipe_stages
 
 
 def stage_lines(words: Sequence[str]) -> list[list[str]]:
     """The command line of each stage; that of the run itself where its recipe has no stages.
 
-    What else the words say holds for every stage.
+    What else the words say holds for every stage. Of an option that is there twice the last counts.
 
     Raises:
-        ValueError, FileNotFoundError: see ``split`` and ``load_recipe``.
+        ValueError, FileNotFoundError: see ``split`` and ``recipe_stages``.
     """
     recipe, rest = arguments.split(words)
     stages = recipe_stages(recipe) if recipe else ()
-    if recipe is None or not stages or {"-h", "--help"}.intersection(rest):
+    if not stages or {"-h", "--help"}.intersection(rest):
         return [list(words)]
-    given, rest = _without(rest, OWN)
-    shared = load_recipe(recipe).run
-    folder = given.get("--run.name", shared.name)
-    logs = _without(rest, ("--run.logs",))[0].get("--run.logs", shared.logs)
+    run = arguments.parse(words).run
     lines: list[list[str]] = []
+    before = ""
     for stage in stages:
-        name = f"{folder}/{Path(stage).stem}"
-        line = ["--recipe", stage, *rest, "--run.logs", logs, "--run.name", name]
+        name = f"{run.name}/{Path(stage).stem}"
+        line = ["--recipe", stage, *rest, "--run.name", name, "--run.logs", run.logs]
         line += ["--run.resume", "latest"]
-        if lines:
-            before = f"{logs}/{folder}/{Path(stages[len(lines) - 1]).stem}"
-            line += ["--model.model", f"local-dir:{before}/export"]
+        if before:
+            line += ["--model.model", f"{LOCAL_DIR}{run.logs}/{before}/export"]
         lines.append(line)
+        before = name
     return lines
-
-
-def _without(words: Sequence[str], options: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of some options, and the other words."""
-    found: dict[str, str] = {}
-    left: list[str] = []
-    waiting = None
-    for word in words:
-        option, equals, value = word.partition("=")
-        if waiting is not None:
-            found[waiting], waiting = word, None
-        elif option.replace("_", "-") in options:
-            if equals:
-                found[option.replace("_", "-")] = value
-            else:
-                waiting = option.replace("_", "-")
-        else:
-            left.append(word)
-    return found, left
