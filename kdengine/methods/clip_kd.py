@@ -49,11 +49,11 @@ from kdengine.losses import (
     feature,
     gradient,
     interactive_contrastive,
-    similarity_terms,
 )
 from kdengine.losses.quirks import released_gradient
 from kdengine.methods.base import Method
 from kdengine.methods.likeness import Heads
+from kdengine.methods.relational import relational
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
 
@@ -267,27 +267,19 @@ class ClipKD(Method):
 
     def _relational(self, student: Features, teachers: Sequence[Features]) -> dict[str, Tensor]:
         """InfoNCE and CRD, the mean over teachers, from one sweep over all similarities."""
-        crd = "crd" in self.weights
-        found = similarity_terms(
-            student.image,
-            student.text,
-            student.scale,
-            teacher_query=[teacher.image for teacher in teachers] if crd else None,
-            teacher_key=[teacher.text for teacher in teachers] if crd else None,
-            teacher_scale=[teacher.scale for teacher in teachers] if crd else None,
-            hard_rows="task" in self.weights,
-            hard_cols="task" in self.weights,
-            soft_rows=crd,
-            soft_cols=crd,
-            normalize=True,
+        terms = {}
+        task, crd = relational(
+            student,
+            teachers,
+            hard="task" in self.weights,
+            soft="crd" in self.weights,
             group=self.group,
             backend=self.backend,
         )
-        terms = {}
         if "task" in self.weights:
-            terms["task"] = 0.5 * (found.hard_rows + found.hard_cols)
-        if crd:
-            terms["crd"] = 0.5 * (found.soft_rows + found.soft_cols)
+            terms["task"] = task
+        if "crd" in self.weights:
+            terms["crd"] = crd
         return terms
 
     def log_scales(self) -> list[nn.Parameter]:

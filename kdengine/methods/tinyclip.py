@@ -17,11 +17,12 @@ The student has usually inherited its weights: ``kdengine inherit``.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kdengine.losses import similarity_terms
 from kdengine.methods.base import Method
+from kdengine.methods.relational import relational
 from kdengine.models import Features
 
 
@@ -63,27 +64,22 @@ class TinyClip(Method):
                 f"TinyClip: expected {self.num_teachers} teachers; {len(teachers)} came; give "
                 "those it was built for"
             )
-        pinned, soft = self.pinned_scale, "affinity" in self.weights
-        found = similarity_terms(
-            student.image,
-            student.text,
-            student.scale if pinned is None else pinned,
-            teacher_query=[teacher.image for teacher in teachers] if soft else None,
-            teacher_key=[teacher.text for teacher in teachers] if soft else None,
-            teacher_scale=[teacher.scale if pinned is None else pinned for teacher in teachers]
-            if soft
-            else None,
-            hard_rows="task" in self.weights,
-            hard_cols="task" in self.weights,
-            soft_rows=soft,
-            soft_cols=soft,
-            normalize=True,
+        affinity, terms = "affinity" in self.weights, {}
+        if (scale := self.pinned_scale) is not None:
+            pinned = (
+                x._replace(scale=torch.full_like(x.scale, scale)) for x in (student, *teachers)
+            )
+            student, *teachers = pinned
+        task, mimicked = relational(
+            student,
+            teachers,
+            hard="task" in self.weights,
+            soft=affinity,
             group=self.group,
             backend=self.backend,
         )
-        terms = {}
-        if soft:
-            terms["affinity"] = 0.5 * (found.soft_rows + found.soft_cols)
+        if affinity:
+            terms["affinity"] = mimicked
         if "task" in self.weights:
-            terms["task"] = 0.5 * (found.hard_rows + found.hard_cols)
+            terms["task"] = task
         return terms
