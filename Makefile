@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; a machine needs Python >= 3.11 with venv and headers,
-# g++, make and git. No GPU and no nvcc.
+# g++, make and git. No GPU; with nvcc on PATH the extension is built for GPUs too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ help:  ## show this list
 setup: $(STAMP)  ## install everything into .venv (5.7 GB, one to six minutes)
 
 # deepspeed is a source distribution whose build imports torch, hence the second step
-$(STAMP): requirements/constraints.txt pyproject.toml setup.py
+$(STAMP): requirements/constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdengine needs Python >= 3.11, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint requirements/constraints.txt pip setuptools wheel packaging ninja pybind11

@@ -160,6 +160,11 @@ def test_the_kernels_folder_is_no_package(repository: Path) -> None:
 
 def test_every_source_file_names_its_licence(repository: Path) -> None:
     folders = ("kdengine", "kernels", "tests", "benchmarks", "csrc")
-    files = [p for f in folders for p in (repository / f).rglob("*") if p.suffix in {".py", ".cu"}]
+    files = [
+        p
+        for f in folders
+        for p in (repository / f).rglob("*")
+        if p.suffix in {".py", ".cu", ".cuh", ".cpp", ".h"}
+    ]
     bare = [str(p) for p in files if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()]
     assert files and not bare

@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kdengine.ops import extension
+
 BACKENDS = ("auto", "cuda", "triton", "torch")
 MODULES = {
     ("similarity", "torch"): "kdengine.ops.similarity_torch",
@@ -27,6 +29,7 @@ MODULES = {
     ("gradient", "triton"): "kdengine_kernels.gradient",
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
+    ("feature", "cuda"): "kdengine.ops.feature_cuda",
 }
 # bytes of the strips, partial sums and kept logits of one call: on a CPU what its cache holds, on a
 # GPU enough to fill it
@@ -114,6 +117,10 @@ def why_not(op: str, name: str, tensors: Sequence[Tensor]) -> str | None:
     if name == "torch":
         return None
     device = tensors[0].device.type
+    if name == "cuda":
+        if device == "cuda" and any(x.dtype == torch.float64 for x in tensors):
+            return "it computes in float32 on a GPU and a tensor is float64"
+        return extension.why_not(device)
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs an NVIDIA GPU and the tensors are on {device!r}"
     if any(x.dtype == torch.float64 for x in tensors):

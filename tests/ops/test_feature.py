@@ -9,17 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdengine.ops import feature, feature_torch
+from kdengine.ops import extension, feature, feature_torch
 from kdengine.ops.feature import _backward, _forward
 
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )
+BUILT = pytest.mark.skipif(bool(extension.why_not("cpu")), reason="kdengine._C is not built")
+BACKENDS = [
+    "torch",
+    pytest.param("cuda", marks=BUILT),
+    pytest.param("triton", marks=INTERPRETED),
+]
+EXACT = BACKENDS[:2]
 # Triton's interpreter cannot compute in bfloat16
 LOW_PRECISION = [
     ("torch", torch.float32),
     ("torch", torch.bfloat16),
     ("torch", torch.float16),
+    pytest.param("cuda", torch.float32, marks=BUILT),
+    pytest.param("cuda", torch.bfloat16, marks=BUILT),
+    pytest.param("cuda", torch.float16, marks=BUILT),
     pytest.param("triton", torch.float32, marks=INTERPRETED),
     pytest.param("triton", torch.float16, marks=INTERPRETED),
 ]
@@ -45,9 +55,13 @@ def with_gradient(function, student: Tensor, teacher: Tensor, normalize: bool) -
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalised"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_distances_and_gradient_equal_the_dense_ones(shape: tuple, normalize: bool) -> None:
+@pytest.mark.parametrize("backend", EXACT)
+def test_distances_and_gradient_equal_the_dense_ones(
+    backend: str, shape: tuple, normalize: bool
+) -> None:
     args = (*pair(*shape), normalize)
-    for x, truth in zip(with_gradient(feature, *args), with_gradient(dense, *args), strict=True):
+    function = functools.partial(feature, backend=backend)
+    for x, truth in zip(with_gradient(function, *args), with_gradient(dense, *args), strict=True):
         torch.testing.assert_close(x, truth, rtol=1e-12, atol=1e-12)
 
 
@@ -68,9 +82,9 @@ def test_distances_of_low_precision_rows_are_float32(
     assert error < max(1e-6, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_length_zero_stay_finite_as_in_torch(backend: str) -> None:
-    dtype, tolerance = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 1e-6)
+    dtype, tolerance = (torch.float64, 1e-12) if backend != "triton" else (torch.float32, 1e-6)
     student, teacher = pair(4, 3, dtype)
     student[1], student[2], teacher[2] = 0, 1e-14, 0
     ours = with_gradient(functools.partial(feature, backend=backend), student, teacher, True)
@@ -86,7 +100,7 @@ def test_height_of_the_strips_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_need_not_be_contiguous(backend: str) -> None:
     student, teacher = pair(7, 6, torch.float32)
     strided = (student.T.contiguous().T, torch.stack([teacher, teacher], 1)[:, 0], True)
@@ -108,18 +122,21 @@ def test_autocast_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalised"])
-def test_gradcheck(normalize: bool) -> None:
+@pytest.mark.parametrize("backend", EXACT)
+def test_gradcheck(backend: str, normalize: bool) -> None:
     student, teacher = pair(5, 4)
     assert torch.autograd.gradcheck(
-        lambda x: feature(x, teacher, normalize=normalize), student.requires_grad_()
+        lambda x: feature(x, teacher, normalize=normalize, backend=backend),
+        student.requires_grad_(),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", EXACT)
+def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     student, teacher = pair(5, 4, dtype)
-    torch.library.opcheck(_backward, (torch.rand(5), student, teacher, True, "auto"))
-    torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, "auto"))
+    torch.library.opcheck(_backward, (torch.rand(5), student, teacher, True, backend))
+    torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, backend))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module kdengine._C. Tensors come as addresses, so that no torch header is needed.
+#include <pybind11/pybind11.h>
+
+#include "feature.h"
+
+namespace py = pybind11;
+using namespace kdengine;
+
+template <typename Place>
+void bind_ops(py::module_& m) {
+  m.def(
+      "feature_forward",
+      py::overload_cast<const Matrix&, const Matrix&, const Matrix&, bool, Place>(&feature_forward),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("feature_backward",
+        py::overload_cast<const Matrix&, const Matrix&, const Matrix&, const Matrix&, bool, Place>(
+            &feature_backward),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of kdengine in C++ and CUDA; see csrc/README.md.";
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float64", Dtype::f64)
+      .value("float32", Dtype::f32)
+      .value("bfloat16", Dtype::bf16)
+      .value("float16", Dtype::f16);
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init([](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, Dtype dtype) {
+        return Matrix{reinterpret_cast<void*>(data), rows, cols, stride, dtype};
+      }));
+  py::class_<Cpu>(m, "Cpu").def(py::init<int>(), py::arg("threads"));
+  bind_ops<Cpu>(m);
+#ifdef KDENGINE_WITH_CUDA
+  py::class_<Cuda>(m, "Cuda").def(py::init<uintptr_t>(), py::arg("stream"));
+  bind_ops<Cuda>(m);
+#endif
+  // the architectures that it was built for, nothing without CUDA
+  m.attr("architectures") = KDENGINE_ARCHITECTURES;
+}

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors as the extension ``kdengine._C`` takes them: addresses, shapes and where they lie."""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load() -> ModuleType:
+    """``kdengine._C``.
+
+    Raises: ImportError where it was not built or does not fit this Python.
+    """
+    return importlib.import_module("kdengine._C")
+
+
+@functools.cache
+def why_not(device: str) -> str | None:
+    """Why the extension cannot run on a kind of device, or None if it can."""
+    try:
+        found = load()
+    except ImportError as error:
+        return (
+            f"the extension kdengine._C cannot be imported ({error}); "
+            "'pip install --editable .' with g++ on PATH builds it, with nvcc for GPUs too"
+        )
+    if device == "cuda" and not found.architectures:
+        return (
+            "the extension kdengine._C was built without nvcc; "
+            "build it again with nvcc on PATH and KDENGINE_BUILD_CUDA=1"
+        )
+    return None
+
+
+def call(name: str, *args: Tensor | bool) -> None:
+    """Run a function of the extension where its first tensor lies.
+
+    Tensors have one or two dimensions and neighbouring elements in a row; results among them are
+    written. On a GPU it runs on the current stream, on the CPU on torch's number of threads.
+    """
+    module = load()
+    # addresses keep no tensor alive: ``args`` does, until the call is over
+    taken = [_matrix(module, x) if isinstance(x, Tensor) else x for x in args]
+    first = args[0]
+    assert isinstance(first, Tensor)
+    if first.is_cuda:
+        place = module.Cuda(torch.cuda.current_stream(first.device).cuda_stream)
+    else:
+        place = module.Cpu(torch.get_num_threads())
+    getattr(module, name)(*taken, place)
+
+
+def _matrix(module: ModuleType, x: Tensor) -> Any:
+    x = x[None] if x.dim() == 1 else x
+    assert x.shape[1] <= 1 or x.stride(1) == 1
+    dtype = getattr(module.Dtype, str(x.dtype).removeprefix("torch."))
+    return module.Matrix(x.data_ptr(), *x.shape, x.stride(0), dtype)

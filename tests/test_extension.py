@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension ``kdengine._C``: how it is built, what it refuses, its 16-bit numbers."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdengine.ops import extension, feature
+
+REASON = extension.why_not("cpu")
+BUILT = pytest.mark.skipif(bool(REASON), reason=str(REASON))
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+def build(
+    repository: Path, folder: Path, with_nvcc: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Build into a folder of its own; the sources stay as they are."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(folder / "temp")]
+    parts = os.environ["PATH"].split(os.pathsep)
+    if not with_nvcc:
+        parts = [part for part in parts if not (Path(part) / "nvcc").exists()]
+    env = {name: x for name, x in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        [*command, "--build-lib", str(folder / "lib")],
+        cwd=repository,
+        env=env | {"PATH": os.pathsep.join(parts)} | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+@COMPILER
+def test_the_extension_is_built_wherever_a_compiler_is() -> None:
+    assert not REASON, REASON
+    assert bool(shutil.which("nvcc")) <= bool(importlib.import_module("kdengine._C").architectures)
+
+
+@COMPILER
+def test_without_nvcc_it_is_built_for_the_cpu_and_says_so(repository: Path, tmp_path: Path) -> None:
+    found = build(repository, tmp_path, with_nvcc=False)
+    assert found.returncode == 0, found.stderr
+    assert "built for the CPU alone: no nvcc on PATH, no CUDA_HOME" in found.stderr
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import _C; "
+        "print(repr(_C.architectures), hasattr(_C, 'Cuda'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lib" / "kdengine")]
+    assert subprocess.check_output(command, text=True).split() == ["''", "False"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"KDENGINE_BUILD_CUDA": "1"}, "KDENGINE_BUILD_CUDA=1: no g++ or no nvcc on PATH"),
+        ({"KDENGINE_BUILD_CUDA": "yes"}, "KDENGINE_BUILD_CUDA: expected auto, 0 or 1; 'yes' came"),
+        (
+            {"CUDA_HOME": "/nowhere", "TORCH_CUDA_ARCH_LIST": "9.0a;hopper"},
+            "TORCH_CUDA_ARCH_LIST: expected names like '8.0+PTX;9.0a'; 'hopper' came",
+        ),
+    ],
+)
+def test_a_wrong_setting_of_the_build_is_refused(
+    repository: Path, tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    found = build(repository, tmp_path, with_nvcc=False, **variables)
+    assert found.returncode != 0 and message in found.stderr
+
+
+@BUILT
+def test_a_wrong_shape_is_refused_by_the_extension() -> None:
+    x = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"one shape \(B, E\); \(3, 4\) float32 and \(3, 5\)"):
+        extension.call("feature_forward", x, torch.zeros(3, 5), torch.zeros(3), False)
+    with pytest.raises(ValueError, match=r"expected \(1, 3\) numbers, one a row; \(1, 2\)"):
+        extension.call("feature_forward", x, x, torch.zeros(2), False)
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16; \(3, 4\) float64 came"):
+        extension.call("feature_forward", x.double(), x, torch.zeros(3), False)
+
+
+def test_a_missing_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("No module named 'kdengine._C'")
+
+    monkeypatch.setattr(extension, "load", absent)
+    extension.why_not.cache_clear()
+    with pytest.raises(RuntimeError, match="kdengine._C cannot be imported .*g.. on PATH builds"):
+        feature(torch.zeros(2, 2), torch.zeros(2, 2), backend="cuda")
+    extension.why_not.cache_clear()
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None].contiguous()
+    apart = feature(x, torch.zeros_like(x), backend="cuda")
+    torch.testing.assert_close(apart, x[:, 0].float().square(), rtol=0, atol=0, equal_nan=True)
+    # the gradient is 2 g x, rounded once
+    x = x.requires_grad_()
+    grad = torch.rand(len(x)) * 1.5
+    feature(x, torch.zeros_like(x), backend="cuda").backward(grad)
+    truth = (2 * grad * x[:, 0].detach().float()).to(dtype)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[:, 0], truth, rtol=0, atol=0, equal_nan=True)
