@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from benchmarks import common, race  # noqa: E402
 from benchmarks.race import Contender, Truth  # noqa: E402
 from kdengine import losses, reference  # noqa: E402
-from kdengine.ops import _backend  # noqa: E402
+from kdengine.ops import _backend, extension  # noqa: E402
 
 Inputs = dict[str, Tensor]
 
@@ -194,6 +194,8 @@ def plan(device: torch.device) -> list[tuple[str, str, torch.dtype]]:
         for name, case in CASES.items()
         for op, backend in _backend.MODULES
         if op == case.op and backend != "torch"
+        # without the extension there is nothing to try
+        if backend != "cuda" or not extension.why_not(device.type)
     ]
 
 
