@@ -231,6 +231,14 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> int:
     return run_demo(out=out, seed=seed)
 
 
+def doctor() -> int:
+    """Print what this machine can run: versions, devices, each kernel's backends, and why not."""
+    from kdengine.doctor import diagnosis
+
+    _print(diagnosis())
+    return 0
+
+
 def train(words: Positional[tuple[str, ...]], /) -> int:
     """Train a student in one process; for several ranks use 'deepspeed kdengine/train.py'.
 
@@ -352,6 +360,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "report": report,
     "demo": demo,
+    "doctor": doctor,
 }
 
 

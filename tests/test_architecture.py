@@ -32,6 +32,7 @@ LINES = {
     "kdengine.models": 3,
     "kdengine.data": 3,
     "kdengine.diagnostics": 3,
+    "kdengine.doctor": 2,
     "kdengine.distributed": 2,
     "kdengine.ranks": 2,
     "kdengine.ops": 1,
