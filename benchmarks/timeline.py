@@ -30,7 +30,9 @@ class Timeline:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """From now on it is this phase."""
+        """From now on it is this phase; one that goes on is not marked again."""
+        if self._marks and self._marks[-1][0] == phase:
+            return
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -96,7 +98,19 @@ class Watched:
 
 
 def watch_job(job: Job, timeline: Timeline) -> None:
-    """Mark the phases of the steps that the engine's loop takes with this job."""
+    """Mark the phases of the steps that the engine's loop takes with this job.
+
+    Masks of a student are drawn in the phase of data, and learn in that of the update.
+    """
+    if (pruning := job.pruning) is not None:
+        draw = pruning.begin
+
+        def begin(step: int) -> None:
+            timeline.mark(FIRST)
+            draw(step)
+
+        pruning.begin = begin  # type: ignore[method-assign]
+        pruning.finish = timeline.around("update", pruning.finish)  # type: ignore[method-assign]
     job.loader = Watched(job.loader, timeline)
     if job.teachers is not None:
         job.teachers = timeline.around("teacher", job.teachers)  # type: ignore[assignment]

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from kdengine.models import Student, build_from_spec, build_student, export_student, load_model
 from kdengine.models.cut import cut
-from kdengine.models.ragged import Gates, RaggedShape, install_ragged, tower_shape
+from kdengine.models.ragged import (
+    GatedLinear,
+    GatedNorm,
+    Gates,
+    RaggedShape,
+    install_ragged,
+    tower_shape,
+)
 
 LAYERS, WIDTH, HEADS = 3, 128, 2
 TOWERS = ("image", "text")
@@ -138,19 +145,55 @@ def test_no_gradient_reaches_channels_through_a_norm_and_dead_ones_stay_out(
     channels = factors["image.channels"].clone().requires_grad_()
     gates["image"].channels = channels
     norm = tower.clip.visual.transformer.resblocks[0].ln_1
-    stream = torch.randn(2, 3, WIDTH, dtype=torch.float64) * (channels.detach() != 0)
-    out = norm(stream)
-    assert not out.requires_grad or torch.autograd.grad(out.sum(), channels, allow_unused=True) == (
-        None,
-    )
-    assert (out[..., channels == 0] == 0).all()
+    # what a dead channel holds does not matter
+    stream = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     alive = channels != 0
-    wanted = torch.nn.functional.layer_norm(
+    leaves = (stream, norm.weight, norm.bias)
+    out, wanted = norm(stream), torch.zeros_like(stream)
+    wanted[..., alive] = torch.nn.functional.layer_norm(
         stream[..., alive], (int(alive.sum()),), norm.weight[alive], norm.bias[alive], norm.eps
     )
-    torch.testing.assert_close(out[..., alive], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (*leaves, channels), upstream, allow_unused=True)
+    gradients = torch.autograd.grad(wanted, leaves, upstream)
+    torch.testing.assert_close(found[:3], gradients, rtol=1e-12, atol=1e-12)
+    assert found[3] is None
     (gradient,) = torch.autograd.grad(tower(image, tokens).image.sum(), channels)
     assert (gradient[alive] != 0).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_a_norm_over_some_channels_is_as_exact_as_one_over_all(offset: float) -> None:
+    gates = Gates()
+    norm = GatedNorm(WIDTH, 1e-5, gates)
+    gates.channels = (torch.rand(WIDTH) > 0.7).float()
+    alive = gates.channels != 0
+    stream = torch.randn(64, WIDTH) + offset
+    width = (int(alive.sum()),)
+    truth = torch.nn.functional.layer_norm(stream[:, alive].double(), width)
+    plain = torch.nn.functional.layer_norm(stream[:, alive], width)
+    allowed = 2 * (plain - truth).abs().max() + 1e-6
+    assert (norm(stream)[:, alive] - truth).abs().max() <= allowed
+
+
+def test_factors_of_a_linear_layer_are_those_of_its_inputs_and_outputs() -> None:
+    layer = GatedLinear(5, 3).double()
+    x, inputs, outputs = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 5), (5,), (3,))
+    )
+    leaves = (x, inputs, outputs, layer.weight, layer.bias)
+    wanted = torch.nn.functional.linear(x * inputs, layer.weight, layer.bias) * outputs
+    found = layer(x, inputs, outputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, upstream),
+        torch.autograd.grad(wanted, leaves, upstream),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_a_gated_tower_compiles_without_a_break(student: Student) -> None:

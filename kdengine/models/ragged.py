@@ -107,11 +107,33 @@ class GatedNorm(nn.LayerNorm):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         alive = (channels != 0).to(values.dtype)
         count = alive.sum()
-        mean = (values * alive).sum(-1, keepdim=True) / count
-        centred = (values - mean) * alive
-        variance = centred.square().sum(-1, keepdim=True) / count
-        normal = centred * (variance + self.eps).rsqrt()
-        return (normal * self.weight + self.bias * alive).to(x.dtype)
+        # a norm over all channels does it, if the others are at the mean and these are spread so
+        # that the variance over all is that of these alone
+        spread = (channels.numel() / count).sqrt()
+        values = values * (spread * alive)
+        values = torch.addcmul(values, values.sum(-1, keepdim=True) / count, 1 - alive)
+        weight, bias = self.weight * (alive / spread), self.bias * alive
+        return F.layer_norm(values, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class GatedLinear(nn.Linear):
+    """A linear layer with factors on its inputs and outputs.
+
+    The weights take them: a pass over the weights costs less than one over a batch.
+    """
+
+    def forward(
+        self, x: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None
+    ) -> Tensor:
+        """Shapes: x [..., I], inputs [I], outputs [O] -> [..., O]."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if inputs is not None:
+            weight = weight * inputs.to(weight.dtype)
+        if outputs is not None:
+            outputs = outputs.to(weight.dtype)
+            weight, bias = weight * outputs[:, None], bias * outputs
+        return F.linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -122,18 +144,19 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.in_proj_weight = nn.Parameter(torch.empty(3 * heads * head_width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * heads * head_width))
-        self.out_proj = nn.Linear(heads * head_width, width)
+        self.out_proj = GatedLinear(heads * head_width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, factors: Tensor | None) -> Tensor:
-        """Shapes: x [b, n, width], mask [n, n], factors [heads] -> [b, n, width]."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None, heads: Tensor | None, channels: Tensor | None
+    ) -> Tensor:
+        """Shapes: x [b, n, width], mask [n, n], heads [h], channels [width] -> [b, n, width]."""
         stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = stacked.unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
         # under autocast the products are rounded, the stream is not
         mask = None if mask is None else mask.to(query.dtype)
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if factors is not None:
-            seen = seen * factors.to(seen.dtype)[:, None, None]
-        return self.out_proj(seen.transpose(1, 2).flatten(2))
+        inputs = None if heads is None else heads.repeat_interleave(self.head_width)
+        return self.out_proj(seen.transpose(1, 2).flatten(2), inputs, channels)
 
 
 class BiasOnly(nn.Module):
@@ -168,7 +191,7 @@ class RaggedBlock(nn.Module):
             self.ln_2 = GatedNorm(shape.width, eps, gates)
             self.mlp.c_fc = nn.Linear(shape.width, self.neurons)
             self.mlp.gelu = activation
-            self.mlp.c_proj = nn.Linear(self.neurons, shape.width)
+            self.mlp.c_proj = GatedLinear(self.neurons, shape.width)
         else:
             self.mlp.c_proj = BiasOnly(shape.width)
 
@@ -186,16 +209,15 @@ class RaggedBlock(nn.Module):
         """Shapes: [b, n, width] -> [b, n, width]; self-attention, so k_x and v_x stay None."""
         x, gates = q_x, self.gates
         if self.heads:
-            factors = gates.heads[self.number] if gates.heads else None
-            x = x + gates.write(self.attn(self.ln_1(x), attn_mask, factors))
+            heads = gates.heads[self.number] if gates.heads else None
+            x = x + self.attn(self.ln_1(x), attn_mask, heads, gates.channels)
         else:
             x = x + gates.write(self.attn.out_proj())
         if not self.neurons:
             return x + gates.write(self.mlp.c_proj())
         hidden = self.mlp.gelu(self.mlp.c_fc(self.ln_2(x)))
-        if gates.neurons:
-            hidden = hidden * gates.neurons[self.number].to(hidden.dtype)
-        return x + gates.write(self.mlp.c_proj(hidden))
+        neurons = gates.neurons[self.number] if gates.neurons else None
+        return x + self.mlp.c_proj(hidden, neurons, gates.channels)
 
 
 def tower_shape(clip: nn.Module, tower: Tower) -> RaggedShape:
