@@ -64,14 +64,15 @@ def environment(out: Path) -> dict[str, str]:
     return found
 
 
-def cost(folder: Path) -> dict[str, float]:
-    """Training time, speed and memory of one run."""
-    steps = read(folder / METRICS)
+def cost(*folders: Path) -> dict[str, float]:
+    """Training time, speed and memory of a run; one in stages has several folders."""
+    runs = [read(folder / METRICS) for folder in folders]
+    steps = [step for run in runs for step in run]
     return {
-        "steps": steps[-1]["step"],
-        "train_time_s": round(steps[-1]["time_s"], 1),
+        "steps": sum(run[-1]["step"] for run in runs),
+        "train_time_s": round(sum(run[-1]["time_s"] for run in runs), 1),
         "step_time_ms": round(statistics.median(step["step_time_ms"] for step in steps), 1),
-        "peak_memory_mib": round(steps[-1]["peak_memory_mib"]),
+        "peak_memory_mib": round(max(run[-1]["peak_memory_mib"] for run in runs)),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import demo_seeds, quality, quality_table, trainings
+from benchmarks import cells, demo_seeds, quality, quality_table, trainings
 from kdengine import reference
 from kdengine.config import load_recipe, to_toml
 
@@ -192,12 +192,12 @@ def test_an_unknown_variant_is_told_in_one_line(
 
 
 def test_seeds_are_a_number_a_range_or_a_list() -> None:
-    assert quality.seed_range("3") == [0, 1, 2]
-    assert quality.seed_range("10-12") == [10, 11, 12]
-    assert quality.seed_range("1,5") == [1, 5]
+    assert cells.seed_range("3") == [0, 1, 2]
+    assert cells.seed_range("10-12") == [10, 11, 12]
+    assert cells.seed_range("1,5") == [1, 5]
     for wrong in ("0", "3-1", "x", "1,"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a number of seeds"):
-            quality.seed_range(wrong)
+            cells.seed_range(wrong)
 
 
 def test_the_page_of_the_demo_is_that_of_its_rows(repository: Path) -> None:
