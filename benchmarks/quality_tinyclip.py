@@ -9,10 +9,11 @@ each with its teacher:
 * half of the demo's ResNet, with random weights and cut by hand (``kdengine inherit``, the released
   rule, batch norms measured anew);
 * half of a ViT: random weights, cut by hand, cut by masks that are learned on the way;
-* a quarter of the ViT by masks: in one run, and in three stages of a third of the steps each.
+* a quarter of the ViT by masks: in one run, and in three stages of a third of the steps each; both
+  with the masks' learning rate halved, too.
 
 Steps, learning rates and the masks' settings (``recipes/quality_tinyclip*.toml``) were chosen on
-seeds 10-12; seeds 0-2 are for the report. Teachers are trained once. Finished cells are not run
+seeds 10 and 11; seeds 0-2 are for the report. Teachers are trained once. Finished cells are not run
 again, see ``cells.py``; two commands with other variants can run at once. Then the speed of the
 students of one seed is measured, in turn.
 """
@@ -34,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from benchmarks import cells, common, quality_tinyclip_table, race, trainings  # noqa: E402
 from benchmarks.cells import Cell  # noqa: E402
 from benchmarks.quality_table import Row, shown_metrics  # noqa: E402
+from benchmarks.quality_tinyclip_table import SLOW  # noqa: E402
 from kdengine import LOCAL_DIR  # noqa: E402
 from kdengine.demo.shards import render_data  # noqa: E402
 from kdengine.inherit import parameter_counts  # noqa: E402
@@ -72,8 +74,9 @@ def variants(out: Path) -> dict[str, Variant]:
         found[f"{name}, random half"] = half(teacher, str(HALVES[teacher]))
         found[f"{name}, manual half"] = half(teacher, f"{LOCAL_DIR}{cut(out, teacher)}")
     found["ViT, auto 50"] = Variant(VIT, f"{BASE}_auto_50", whole)
-    found["ViT, auto 25"] = Variant(VIT, f"{BASE}_auto_25", whole)
-    found["ViT, auto 75-50-25"] = Variant(VIT, STAGES, [])
+    for name, words in (("", []), (SLOW, ["--prune.mask-lr", "0.3"])):
+        found[f"ViT, auto 25{name}"] = Variant(VIT, f"{BASE}_auto_25", [*whole, *words])
+        found[f"ViT, auto 75-50-25{name}"] = Variant(VIT, STAGES, words)
     return found
 
 

@@ -33,8 +33,8 @@ def out(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def test_trainings_differ_in_the_student_alone(out: Path) -> None:
     planned = quality_tinyclip.plan(quality_tinyclip.parse(["--out", str(out), "--seeds", "2"]))
-    assert len({cell.name for cell in planned}) == len(planned) == 14
-    assert len({cell.settings for cell in planned}) == 7
+    assert len({cell.name for cell in planned}) == len(planned) == 18
+    assert len({cell.settings for cell in planned}) == 9
     total, gone = {}, {}
     for cell in planned:
         stages = [arguments.parse(line) for line in stage_lines(cell.words)]
