@@ -132,7 +132,7 @@ def evaluate(
         teacher: Models, as MODEL, to compare with over the retrieval sets: cosine and CKA.
     """
     # what can be wrong with the words is found before torch is loaded
-    own = run_settings(model)
+    own = run_settings("eval", model)
     sets = read_sets(retrieval, zeroshot, probe)
     if min(batch_size, workers) < 1:
         raise ValueError("eval: --batch-size and --workers must be at least 1")
@@ -142,7 +142,7 @@ def evaluate(
         raise FileNotFoundError(f"eval: --out {out}: the folder {out.parent} does not exist")
     if teacher and not retrieval:
         raise ValueError("eval: --teacher compares on retrieval sets; give --retrieval NAME=SHARDS")
-    are_runs = [own is not None, *(run_settings(word) is not None for word in teacher)]
+    are_runs = [own is not None, *(run_settings("eval", word) is not None for word in teacher)]
     from kdengine.evaluate import evaluate_command
 
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,42 @@ def export(
     if not force:
         refuse_other_run(out, run)
     export_run(run, out, step=step, force=force)
-    print(f"wrote {out}; load it with open_clip.create_model_and_transforms('local-dir:{out}')")
+    _tell_export(out)
+    return 0
+
+
+def onnx(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    /,
+    *,
+    force: FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Write the towers of a model as ONNX graphs, visual.onnx and textual.onnx.
+
+    Both take any batch size and give features of unit length; how images and captions are made
+    ready for them, and the scale of the logits, is in their metadata. They are compared with torch
+    before they are written.
+
+    Args:
+        model: Exported folder, run folder (its latest checkpoint), or 'ARCHITECTURE@TAG'.
+        out: Folder to write.
+        force: Write beside other files; those stay.
+    """
+    is_run = run_settings("onnx", model) is not None
+    from kdengine.evaluate.command import open_model
+    from kdengine.models.onnx import OPSET, export_onnx, require_packages
+    from kdengine.models.sizes import size_in_words
+
+    # before a model is fetched
+    require_packages()
+    with tempfile.TemporaryDirectory() as folder:
+        student = open_model(_export_latest(model, f"{folder}/model") if is_run else model)
+        graphs = export_onnx(student, out, force=force)
+    print(f"wrote {out}, opset {OPSET}: {size_in_words(student.tower.clip)}")
+    for graph in graphs:
+        megabytes = graph.num_bytes / 1e6
+        print(f"{graph.file}: {megabytes:.1f} MB, within {graph.error:.0e} of torch's features")
     return 0
 
 
@@ -344,8 +379,7 @@ def convert(
 
     tower, spec = released_student(checkpoint, model)
     export_student(tower.state_dict(), spec, out, force=force, notes={"converted": checkpoint.name})
-    ragged = " and ".join(spec.model_cfg.get("ragged", ()))
-    print(f"wrote {out}" + (f"; layers of unequal sizes: {ragged}" if ragged else ""))
+    _tell_export(out)
     return 0
 
 
@@ -358,6 +392,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "eval": evaluate,
     "export": export,
+    "onnx": onnx,
     "report": report,
     "demo": demo,
     "doctor": doctor,
@@ -375,6 +410,22 @@ def _export_latest(run: str, out: str) -> str:
 
     export_run(Path(run), Path(out))
     return out
+
+
+def _tell_export(out: Path) -> None:
+    """Load an export, and say how large it is and what else can load it."""
+    from kdengine import load_model
+    from kdengine.models.sizes import size_in_words
+
+    student = load_model(out)
+    print(f"wrote {out}: {size_in_words(student.tower.clip)}")
+    if ragged := student.spec.model_cfg.get("ragged"):
+        print(
+            f"layers of unequal sizes ({' and '.join(ragged)}): load it with "
+            f"kdengine.load_model('{out}'), open_clip cannot"
+        )
+    else:
+        print(f"load it with open_clip.create_model_and_transforms('local-dir:{out}')")
 
 
 def _print(table: object) -> None:

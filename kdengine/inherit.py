@@ -21,8 +21,9 @@ from kdengine.data.progress import Progress
 from kdengine.evaluate.command import open_model
 from kdengine.losses import similarity_loss
 from kdengine.models import Student, build_from_spec, build_student, export_student
-from kdengine.models.axes import canonical, layer_counts
+from kdengine.models.axes import layer_counts
 from kdengine.models.inherit import Depth, Inheritance, inherit, student_spec, unit_scores
+from kdengine.models.sizes import parameter_counts
 from kdengine.ranks import on_gpu
 
 REPORT = "inheritance.json"
@@ -214,7 +215,7 @@ def tables(teacher: Student, student: Student, found: Inheritance) -> list[Table
     counts = Table(title="parameters, millions", title_justify="left")
     for column in ("", "teacher", "student", "share"):
         counts.add_column(column, justify="right" if column else "left")
-    both = [parameter_counts(model) for model in (teacher, student)]
+    both = [parameter_counts(model.tower.clip) for model in (teacher, student)]
     for what in both[0]:
         pair = [one[what] / 1e6 for one in both]
         share = f"{pair[1] / pair[0]:.1%}" if pair[0] else ""
@@ -222,17 +223,3 @@ def tables(teacher: Student, student: Student, found: Inheritance) -> list[Table
     fates = [fate.fate for fate in found.fates]
     counts.caption = ", ".join(f"{fates.count(x)} tensors {x}" for x in ("kept", "sliced", "left"))
     return [kept, counts]
-
-
-def parameter_counts(model: Student) -> dict[str, int]:
-    """Parameters of the towers; TinyCLIP's names and ratios leave the token embedding out."""
-    sizes = {canonical(name): p.numel() for name, p in model.tower.clip.named_parameters()}
-    total, tokens = sum(sizes.values()), sizes.get("token_embedding.weight", 0)
-    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
-    return {
-        "image": image,
-        "text, without token embedding": total - image - tokens,
-        "both, without token embedding": total - tokens,
-        "token embedding": tokens,
-        "all": total,
-    }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdengine.data import ViewSpec
 from kdengine.models import Features, Teacher, TowerSpec
+from kdengine.models.sizes import size_in_words
 
 T = TypeVar("T")
 
@@ -117,6 +118,5 @@ def checksum(module: nn.Module) -> int:
 
 def size(spec: TowerSpec, tower: nn.Module) -> str:
     """One model in a few words."""
-    millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     pixels = spec.preprocess.size
-    return f"{spec.label}: {millions:.1f} M parameters, {pixels} px, width {spec.embed_dim}"
+    return f"{spec.label}: {size_in_words(tower)}, {pixels} px, width {spec.embed_dim}"

@@ -57,6 +57,7 @@ WALLS = {
     "deepspeed": ("kdengine.job", "kdengine.checkpoint"),
     "open_clip": ("kdengine.models", "kdengine.data.tokenize"),
     "sklearn": ("kdengine.evaluate.probe",),
+    "onnxruntime": ("kdengine.models.onnx",),
 }
 ONLY = {"kdengine.reference": {"torch"}, "kdengine.config": set()}
 HEAVY = ("triton", "deepspeed", "nvidia.dali", "open_clip")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kdengine command: help, refusals, and index to pack to eval on real shards."""
 
+import dataclasses
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from kdengine.cli import COMMANDS, main
 from kdengine.config import RunConfig, from_dict, to_toml
 from kdengine.data import index
 from kdengine.data.packing import pack
+from kdengine.models import build_from_spec, build_student, export_student
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,19 +198,59 @@ def test_a_folder_of_runs_is_refused_with_the_runs(
     assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
+def write_export(run: Path, out: Path, ragged: dict | None = None, **_: object) -> None:
+    """What stands for the export of a run: a random student, of unequal layers if so told."""
+    spec = build_student("ViT-Pico-32", seed=0).spec
+    if ragged:
+        spec = dataclasses.replace(spec, model_cfg={**spec.model_cfg, "ragged": ragged})
+    export_student(build_from_spec(spec).state_dict(), spec, out, force=True)
+
+
+UNEVEN = {"width": 16, "head_width": 16, "heads": [1, 0], "neurons": [0, 9]}
+
+
+@pytest.mark.parametrize(
+    ("ragged", "size", "how"),
+    [
+        ({}, "1.6", "load it with open_clip.create_model_and_transforms('local-dir:{}')"),
+        (
+            {"text": UNEVEN},
+            "0.8",
+            "(text): load it with kdengine.load_model('{}'), open_clip cannot",
+        ),
+    ],
+    ids=["dense", "ragged"],
+)
+def test_export_tells_the_size_and_what_can_load_it(
+    ragged: dict,
+    size: str,
+    how: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = run.parent / "out"
+    monkeypatch.setattr("kdengine.checkpoint.export_run", partial(write_export, ragged=ragged))
+    assert main(["export", str(run), str(out)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"wrote {out}: {size} M parameters, 0.0 M without token embedding\n")
+    assert how.format(out) in told
+
+
 @pytest.mark.parametrize(
     ("label", "words", "code"),
     [("{}/run", [], 0), ("other/run", [], 2), ("other/run", ["--force"], 0)],
     ids=["same run", "other run", "forced"],
 )
 def test_the_export_of_another_run_is_replaced_by_force_only(
-    asked: dict,
     run: Path,
     label: str,
     words: list[str],
     code: int,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("kdengine.checkpoint.export_run", write_export)
     out = run.parent / "out"
     out.mkdir()
     notes = {"kdengine": {"run": label.format(run.parent.name)}}

@@ -182,7 +182,7 @@ def test_foreign_folder_is_not_touched(tmp_path, pico, what):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / what).write_text("mine")
     with pytest.raises(
-        FileExistsError, match="^export: .*no export by kdengine.*kdengine export RUN .*--force"
+        FileExistsError, match="^export: .*no export by kdengine of the same kind.*--force"
     ):
         models.export_student(pico.tower.state_dict(), pico.spec, tmp_path / "out")
     assert (tmp_path / "out" / what).read_text() == "mine"

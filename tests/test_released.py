@@ -57,7 +57,9 @@ def test_a_dense_checkpoint_is_read(student: Student, tmp_path: Path, several: b
     torch.testing.assert_close(embeddings(found), embeddings(student))
 
 
-def test_a_pruned_checkpoint_tells_its_sizes(student: Student, tmp_path: Path) -> None:
+def test_a_pruned_checkpoint_tells_its_sizes(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     student.tower.clip.half().float()
     towers = ("image", "text")
     shapes: Any = {x: tower_shape(student.tower.clip, x) for x in towers}
@@ -76,6 +78,10 @@ def test_a_pruned_checkpoint_tells_its_sizes(student: Student, tmp_path: Path) -
     torch.save({"state_dict": laid_out(tensors, aliases=True)}, path)
     words = ["convert", str(path), str(tmp_path / "out"), "--model", str(tmp_path / "model.json")]
     assert main(words) == 0
+    told = capsys.readouterr().out
+    total = sum(x.numel() for x in tensors.values()) + 128
+    size = f"{total / 1e6:.1f} M parameters, {(total - 49408 * 128) / 1e6:.1f} M"
+    assert f"{size} without token embedding\nlayers of unequal sizes" in told
     found = load_model(tmp_path / "out")
     assert set(found.spec.model_cfg["ragged"]) == {"image", "text"}
     assert tower_shape(found.tower.clip, "image") == cut_shapes["image"]

@@ -92,7 +92,8 @@ def test_the_checksum_knows_weights_and_order() -> None:
 
 def test_the_header_has_a_line_a_teacher() -> None:
     alone = LiveTeachers([teacher(2.0)], STUDENT).rows()
-    assert alone == {"teacher": "teacher-2: 0.0 M parameters, 8 px, width 4, frozen"}
+    size = "0.0 M parameters, 0.0 M without token embedding"
+    assert alone == {"teacher": f"teacher-2: {size}, 8 px, width 4, frozen"}
     rows = several().rows()
     assert list(rows) == [f"teacher {i}" for i in range(1, 6)]
     assert rows["teacher 2"].startswith("teacher-3: ") and "16 px" in rows["teacher 2"]

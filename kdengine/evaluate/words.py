@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the words of ``kdengine eval`` mean, found out without torch."""
+"""What words of the command line mean that name models and sets, found out without torch."""
 
 import tomllib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from kdengine.evaluate.sets import EvalSet, parse_eval_sets
 
 
-def run_settings(model: str) -> dict[str, Any] | None:
+def run_settings(command: str, model: str) -> dict[str, Any] | None:
     """The section [data] of a run's configuration; None for a model that is no folder of a run.
 
     Raises:
@@ -19,10 +19,10 @@ def run_settings(model: str) -> dict[str, Any] | None:
     path = Path(model)
     if model.startswith(("/", ".", "~")) and not path.exists():
         raise FileNotFoundError(
-            f"eval: {model} does not exist; expected the folder of a run or of an export, or "
+            f"{command}: {model} does not exist; expected the folder of a run or of an export, or "
             "'ARCHITECTURE@TAG'"
         )
-    refuse_folder_of_runs("eval", path)
+    refuse_folder_of_runs(command, path)
     config = path / "config.toml"
     if not config.is_file():
         return {} if (path / "checkpoints").is_dir() else None
@@ -30,7 +30,7 @@ def run_settings(model: str) -> dict[str, Any] | None:
         # read loosely: another version of kdengine may have written settings that this one lacks
         return tomllib.loads(config.read_text(encoding="utf-8")).get("data", {})
     except ValueError as error:
-        raise ValueError(f"eval: {config} is not valid TOML: {error}") from None
+        raise ValueError(f"{command}: {config} is not valid TOML: {error}") from None
 
 
 def refuse_folder_of_runs(command: str, folder: Path) -> None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a student as a folder that open_clip loads by ``local-dir:``."""
 
+import contextlib
 import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,42 @@ def export_student(
         FileExistsError: the folder holds something that is not an export by kdengine.
         ValueError: the weights do not belong to ``spec``, or are not finite.
     """
+    tensors = _student_tensors(state_dict, spec)
+    with placed(out_dir, WEIGHTS_FILE, force=force) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors keeps it to its owner
+        (folder / WEIGHTS_FILE).chmod(0o666 & ~_umask())
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        describe(spec, folder, notes or {})
+    return Path(out_dir)
+
+
+@contextlib.contextmanager
+def placed(out_dir: str | Path, mark: str, *, force: bool) -> Iterator[Path]:
+    """A folder to fill, which appears complete under its name or not at all.
+
+    Args:
+        out_dir: its name.
+        mark: the file that tells an earlier export of the same kind, which is replaced.
+        force: write into a folder that holds other things as well; those stay.
+
+    Raises:
+        FileExistsError: the folder holds something else; nothing is written.
+    """
     out = Path(out_dir)
-    found = _occupant(out)
+    found = _occupant(out, mark)
     if found == "foreign" and not force:
         raise FileExistsError(
-            f"export: {out} holds {_few(_names(out))}, which is no export by kdengine; choose "
-            f"another folder, or write beside it: 'kdengine export RUN {out} --force' (in Python "
-            "force=True)"
+            f"export: {out} holds {_few(_names(out))}, which is no export by kdengine of the same "
+            f"kind (with {mark}); choose another folder, or write beside it with --force (in "
+            "Python force=True)"
         )
-    tensors = _student_tensors(state_dict, spec)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         staging.chmod(0o777 & ~_umask())
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        # safetensors keeps it to its owner
-        (staging / WEIGHTS_FILE).chmod(0o666 & ~_umask())
-        if spec.tokenizer.startswith("hf:"):
-            _save_tokenizer(spec, staging)
-        for name, text in (files or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
-        _write_config(spec, staging, notes or {})
+        yield staging
         sync_tree(staging)
         if found == "foreign":
             for file in staging.iterdir():
@@ -89,7 +105,14 @@ def export_student(
             os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return out
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """What an export says of itself: ``student``, ``files``, ``run`` ..; {} of other folders."""
+    try:
+        return dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["kdengine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def run_label(run: Path) -> str:
@@ -107,18 +130,15 @@ def refuse_other_run(out: Path, run: Path) -> None:
     Raises:
         FileExistsError: the export comes from another run.
     """
-    try:
-        label = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["kdengine"]["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if label not in (run_label(run), run_label(run.resolve().parent.parent)):
+    label = notes_of(out).get("run")
+    if label not in (None, run_label(run), run_label(run.resolve().parent.parent)):
         raise FileExistsError(
             f"export: {out} holds the export of another run, {label}; choose another folder, or "
             "replace it with --force"
         )
 
 
-def _occupant(out: Path) -> str:
+def _occupant(out: Path, mark: str) -> str:
     """What stands where the export shall go: "nothing", an "export", or something "foreign"."""
     if not out.exists():
         return "nothing"
@@ -127,11 +147,7 @@ def _occupant(out: Path) -> str:
     names = _names(out)
     if not names:
         return "nothing"
-    try:
-        written = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["kdengine"]["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "foreign"
-    return "export" if set(names) <= set(written) else "foreign"
+    return "export" if {mark, *names} <= set(notes_of(out).get("files", ())) else "foreign"
 
 
 def _names(folder: Path) -> list[str]:
@@ -181,7 +197,13 @@ def _few(names: list[str]) -> str:
     return "none" if not names else ", ".join(names[:4]) + (" .." if len(names) > 4 else "")
 
 
-def _write_config(spec: TowerSpec, folder: Path, notes: Mapping[str, Any]) -> None:
+def describe(spec: TowerSpec, folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write what the files of a folder are, and the tokenizer, for open_clip and for people.
+
+    ``notes`` come under ``kdengine`` in the configuration.
+    """
+    if spec.tokenizer.startswith("hf:"):
+        _save_tokenizer(spec, folder)
     model_cfg = copy.deepcopy(dict(spec.model_cfg))
     model_cfg.pop("nonscalar_logit_scale", None)
     files = sorted([*(path.name for path in folder.iterdir()), CONFIG_FILE])
