@@ -49,8 +49,8 @@ class Pruning:
         seed: of the draws.
 
     Raises:
-        ValueError: a tower is no transformer of open_clip's, or less would be left of the student
-            than is there.
+        ValueError: a tower is no transformer of open_clip's, the only ones that TinyCLIP masks, or
+            less would be taken from the student than it lacks already.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Pruning:
     ) -> None:
         self.settings, self.group, self.spec = settings, group, student.spec
         clip, weights = student.tower.clip, student.tower.clip.state_dict()
-        self.shapes: dict[str, RaggedShape] = {x: tower_shape(clip, x) for x in TOWERS}
+        self.shapes: dict[str, RaggedShape] = _shapes(student)
         original = original_parameters(student.spec)
         self.start = 1 - sum(map(num_parameters, self.shapes.values())) / original
         # a tensor that is in no table could not be cut later
@@ -154,6 +154,17 @@ class Pruning:
         self.masks.load_state_dict(state["masks"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+
+
+def _shapes(student: Student) -> dict[str, RaggedShape]:
+    try:
+        return {tower: tower_shape(student.tower.clip, tower) for tower in TOWERS}
+    except ValueError as error:
+        raise ValueError(
+            f"prune.target: {student.spec.name} cannot be pruned; masks are for a ViT and a text "
+            f"transformer, both of open_clip ({error}); take such a student, or cut a "
+            "ModifiedResNet by hand, with 'kdengine inherit'"
+        ) from None
 
 
 def lacking(spec: TowerSpec) -> float:

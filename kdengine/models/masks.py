@@ -158,10 +158,6 @@ class L0Masks(nn.Module):
             found[group] = torch.zeros_like(factor).index_copy(0, best, factor[best])
         return found
 
-    def final_sparsity(self, factors: Mapping[str, Tensor]) -> float:
-        """The share of the original's parameters that is gone with these factors, counted."""
-        return self._sparsity_of({group: int(x.count_nonzero()) for group, x in factors.items()})
-
     def set_gates(self, gates: Mapping[str, Gates], factors: Mapping[str, Tensor]) -> None:
         """Put factors, by group, into the gates of the towers."""
         for tower, shape in self.shapes.items():
