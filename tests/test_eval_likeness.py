@@ -172,7 +172,7 @@ def test_a_teacher_may_be_a_run_and_keeps_its_name(asked: dict, tmp_path: Path) 
 def test_a_teacher_without_use_or_existence_is_refused(
     monkeypatch, capsys, line: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("kdengine.cli.read_sets", lambda *_: ["one"])
+    monkeypatch.setattr("kdengine.cli.results.read_sets", lambda *_: ["one"])
     assert main(["eval", "ViT-B-32@x", "--teacher", "ViT-L-14@y", *line]) == 2
     assert message in capsys.readouterr().err
 
