@@ -35,8 +35,7 @@ CUT, STEPS = 4, 8
 # name: ZeRO stage, precision, micro-batches, and the step it is resumed at: before, at, after the
 # cut. All are pruned
 MODES = {
-    "0-fp32": (0, "fp32", 1, None),
-    "1-fp32": (1, "fp32", 2, 2),
+    "0-fp32": (0, "fp32", 2, 2),
     "1-amp_bf16": (1, "amp_bf16", 2, CUT),
     "2-bf16": (2, "bf16", 1, 6),
 }
@@ -54,8 +53,7 @@ for kernel in ("flash", "mem_efficient", "cudnn"):
 for folder, words, stop in json.loads(sys.argv[1]):
     assert main(words) == 0
     shutil.copy(Path(folder, "metrics.jsonl"), Path(folder, "whole.jsonl"))
-    if stop is not None:
-        assert main([*words, "--resume", str(stop)]) == 0
+    assert main([*words, "--resume", str(stop)]) == 0
 """
 
 
@@ -193,6 +191,64 @@ def test_masks_on_a_gpu_reach_their_budget(config_file: str) -> None:
     assert lacking(view.spec) == pytest.approx(0.5, abs=0.02)
 
 
+class Engine:
+    """What a training engine does to a step of one process: nothing."""
+
+    def __init__(self, module: Any, device: str) -> None:
+        self.module, self.device = module, torch.device(device)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
+        pass
+
+
+def test_parts_of_a_batch_under_gates_have_the_gradients_of_the_whole(config_file: str) -> None:
+    pytest.importorskip("deepspeed", reason="checkpoints need it")
+    from kdengine.accumulate import Accumulation
+    from kdengine.methods import Clip, Distillation
+    from kdengine.models import build_student
+    from kdengine.models.masks import L0Masks
+    from kdengine.models.ragged import install_ragged, tower_shape
+
+    def step(device: str, dtype: torch.dtype, num_parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the gradients of all weights and factors."""
+        tower = build_student(config_file, seed=0).tower
+        weights = tower.clip.state_dict()
+        shapes: dict[str, Any] = {x: tower_shape(tower.clip, x) for x in TOWERS}
+        gates = {x: install_ragged(tower.clip, x, shapes[x]) for x in TOWERS}
+        tower.clip.load_state_dict(weights)
+        root = Distillation(tower, Clip()).to(device, dtype).train()
+        factors = {k: x.to(device, dtype).requires_grad_() for k, x in factors_of(shapes).items()}
+        L0Masks(shapes).set_gates(gates, factors)
+        image, tokens = batch()
+        image, tokens = image.to(device, dtype), tokens.to(device)
+        size = len(image) // num_parts
+        parts = iter(
+            {"image": image[i : i + size], "tokens": tokens[i : i + size]}
+            for i in range(0, len(image), size)
+        )
+        passes = Accumulation(Engine(root, device), None, num_parts)
+        loss, _ = passes.forward(parts.__next__, False)
+        passes.backward(loss)
+        named = dict(root.named_parameters()) | factors
+        return loss, {name: x.grad for name, x in named.items() if x.grad is not None}
+
+    loss, gradients = step("cpu", torch.float64, 1)
+    for num_parts in (1, 4):
+        found, others = step(DEVICE, torch.float32, num_parts)
+        assert float(found) == pytest.approx(float(loss), rel=1e-5)
+        assert others.keys() == gradients.keys()
+        largest = max(float(x.norm()) for x in gradients.values())
+        for name, x in gradients.items():
+            off = float((others[name].double().cpu() - x).norm())
+            assert off <= 1e-3 * max(float(x.norm()), 1e-3 * largest), name
+
+
 @pytest.fixture(scope="module")
 def runs(repository, picture, encode, write_shard, tmp_path_factory) -> Path:
     """The folder of pruned runs, one for every mode."""
@@ -240,12 +296,6 @@ def records(folder: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
-def test_two_parts_of_a_batch_start_as_one(runs: Path) -> None:
-    whole, parts = (records(runs / name, "whole.jsonl")[0] for name in ("0-fp32", "1-fp32"))
-    for name, limit in {"loss": 1e-3, "loss/affinity": 1e-2, "grad_norm": 1e-2}.items():
-        assert parts[name] == pytest.approx(whole[name], rel=limit), name
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_pruned_run_is_the_same_from_its_checkpoint(runs: Path, mode: str) -> None:
     stop = MODES[mode][-1]
@@ -253,9 +303,8 @@ def test_a_pruned_run_is_the_same_from_its_checkpoint(runs: Path, mode: str) -> 
     assert [r["step"] for r in whole] == list(range(1, STEPS + 1))
     assert ["sparsity" in r for r in whole] == [True] * CUT + [False] * (STEPS - CUT)
     assert all(math.isfinite(r["loss"]) for r in whole) and whole[-1]["num_skipped"] == 0
-    if stop is not None:
-        # that these steps were taken anew
-        assert [r["time_s"] for r in resumed[stop:]] != [r["time_s"] for r in whole[stop:]]
+    # that these steps were taken anew
+    assert [r["time_s"] for r in resumed[stop:]] != [r["time_s"] for r in whole[stop:]]
     for name in ("loss", "grad_norm", "lr", "sparsity"):
         assert [r.get(name) for r in resumed] == [r.get(name) for r in whole], name
 
