@@ -21,8 +21,8 @@ from kdengine.data.progress import Progress
 from kdengine.evaluate.command import open_model
 from kdengine.losses import similarity_loss
 from kdengine.models import Student, build_from_spec, build_student, export_student
-from kdengine.models.axes import layer_counts
-from kdengine.models.inherit import Depth, Inheritance, inherit, student_spec, unit_scores
+from kdengine.models.pruning.axes import layer_counts
+from kdengine.models.pruning.inherit import Depth, Inheritance, inherit, student_spec, unit_scores
 from kdengine.models.sizes import parameter_counts
 from kdengine.ranks import on_gpu
 
@@ -98,7 +98,7 @@ def inherit_command(
         teacher: see ``evaluate.open_model``.
         student: gives the architecture; weights it may have are not used.
         out: folder of the export.
-        depth: see ``models.inherit.layer_map``.
+        depth: see ``models.pruning.inherit.layer_map``.
         width: which units are kept: the first, those with the largest weights behind them
             (root of the sum of squares over the unit's gate), or those whose removal changes the
             teacher's InfoNCE the most, to first order: the mean over calibration batches of
@@ -111,7 +111,7 @@ def inherit_command(
         Tables of what was kept, for a person.
 
     Raises:
-        ValueError: ``taylor`` without calibration, or see ``models.inherit.inherit``.
+        ValueError: ``taylor`` without calibration, or see ``models.pruning.inherit.inherit``.
     """
     if width == "taylor" and calibration is None:
         raise ValueError(

@@ -21,10 +21,10 @@ from kdengine import distributed
 from kdengine.config import Prune
 from kdengine.distributed import Group
 from kdengine.models import Student, TowerSpec, build_from_spec
-from kdengine.models.axes import canonical, model_axes
-from kdengine.models.cut import Dense, cut
-from kdengine.models.masks import L0Masks, num_parameters
-from kdengine.models.ragged import Gates, RaggedShape, Tower, install_ragged, tower_shape
+from kdengine.models.pruning.axes import canonical, model_axes
+from kdengine.models.pruning.cut import Dense, cut
+from kdengine.models.pruning.masks import L0Masks, num_parameters
+from kdengine.models.pruning.ragged import Gates, RaggedShape, Tower, install_ragged, tower_shape
 
 # allowed distance of the share that is gone from the target
 BUDGET_TOLERANCE = 0.005

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdengine.models import build_student, student_configs
-from kdengine.models.inherit import inherit, layer_map, student_spec, unit_scores
+from kdengine.models.pruning.inherit import inherit, layer_map, student_spec, unit_scores
 from kdengine.models.towers import Student
 
 # total, image, text without token embedding, token embedding: papers' table of configurations

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdengine.models.masks import L0Masks, expected_parameters, num_parameters
-from kdengine.models.ragged import RaggedShape
+from kdengine.models.pruning.masks import L0Masks, expected_parameters, num_parameters
+from kdengine.models.pruning.ragged import RaggedShape
 
 VIT_B = RaggedShape(width=768, head_width=64, heads=(12,) * 12, neurons=(3072,) * 12)
 TEXT = RaggedShape(width=512, head_width=64, heads=(8,) * 12, neurons=(2048,) * 12)
@@ -49,7 +49,7 @@ def test_sizes_of_the_published_towers() -> None:
 
 def test_sizes_are_those_of_the_modules() -> None:
     from kdengine.models import build_student
-    from kdengine.models.ragged import install_ragged
+    from kdengine.models.pruning.ragged import install_ragged
 
     shape = RaggedShape(width=40, head_width=16, heads=(2, 0, 1), neurons=(7, 3, 0))
     clip = build_student("ViT-Pico-32", seed=0).tower.clip

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdengine.models import Student, build_from_spec, build_student, export_student, load_model
-from kdengine.models.cut import cut
-from kdengine.models.ragged import (
+from kdengine.models.pruning.cut import cut
+from kdengine.models.pruning.ragged import (
     GatedLinear,
     GatedNorm,
     Gates,

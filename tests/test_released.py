@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdengine.cli import main
 from kdengine.models import Student, build_student, load_model
-from kdengine.models.cut import cut
-from kdengine.models.ragged import install_ragged, tower_shape
-from kdengine.models.released import read_released, released_student
+from kdengine.models.pruning.cut import cut
+from kdengine.models.pruning.ragged import install_ragged, tower_shape
+from kdengine.models.pruning.released import read_released, released_student
 
 
 @pytest.fixture

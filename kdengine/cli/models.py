@@ -90,7 +90,7 @@ def convert(
         force: Replace another export, or write beside other files; those stay.
     """
     from kdengine.models import export_student
-    from kdengine.models.released import released_student
+    from kdengine.models.pruning.released import released_student
 
     tower, spec = released_student(checkpoint, model)
     export_student(tower.state_dict(), spec, out, force=force, notes={"converted": checkpoint.name})

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from kdengine import LOCAL_DIR
-from kdengine.models.axes import canonical, tower_of
-from kdengine.models.ragged import RaggedShape, Tower, install_ragged
+from kdengine.models.pruning.axes import canonical, tower_of
+from kdengine.models.pruning.ragged import RaggedShape, Tower, install_ragged
 from kdengine.models.source import Source, resolve
 from kdengine.models.spec import TowerSpec
 from kdengine.models.towers import Student, Teacher, TwoTower

@@ -116,9 +116,9 @@ LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-2, 0.2)}
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_gates_and_their_cut_equal_those_in_float64(config_file: str, dtype: torch.dtype) -> None:
     from kdengine.models import build_student
-    from kdengine.models.cut import cut
-    from kdengine.models.masks import L0Masks
-    from kdengine.models.ragged import install_ragged, tower_shape
+    from kdengine.models.pruning.cut import cut
+    from kdengine.models.pruning.masks import L0Masks
+    from kdengine.models.pruning.ragged import install_ragged, tower_shape
 
     tower = build_student(config_file, seed=0).tower.double().eval()
     weights = tower.clip.state_dict()
@@ -155,8 +155,8 @@ def test_gates_and_their_cut_equal_those_in_float64(config_file: str, dtype: tor
 
 
 def test_a_masked_norm_and_a_draw_make_no_host_wait(config_file: str) -> None:
-    from kdengine.models.masks import L0Masks
-    from kdengine.models.ragged import GatedNorm, Gates, RaggedShape
+    from kdengine.models.pruning.masks import L0Masks
+    from kdengine.models.pruning.ragged import GatedNorm, Gates, RaggedShape
 
     shape = RaggedShape(width=64, head_width=32, heads=(2, 2), neurons=(256, 256))
     masks, gates = L0Masks({"image": shape}).to(DEVICE), Gates()
@@ -212,8 +212,8 @@ def test_parts_of_a_batch_under_gates_have_the_gradients_of_the_whole(config_fil
     from kdengine.accumulate import Accumulation
     from kdengine.methods import Clip, Distillation
     from kdengine.models import build_student
-    from kdengine.models.masks import L0Masks
-    from kdengine.models.ragged import install_ragged, tower_shape
+    from kdengine.models.pruning.masks import L0Masks
+    from kdengine.models.pruning.ragged import install_ragged, tower_shape
 
     def step(device: str, dtype: torch.dtype, num_parts: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the gradients of all weights and factors."""

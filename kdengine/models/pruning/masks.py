@@ -27,7 +27,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kdengine.models.ragged import Gates, RaggedShape
+from kdengine.models.pruning.ragged import Gates, RaggedShape
 
 LOW, HIGH, TEMPERATURE, EPS = -0.1, 1.1, 2 / 3, 1e-6
 START, MULTIPLIER_START = 10.0, 10.0
@@ -170,7 +170,7 @@ class L0Masks(nn.Module):
         return self.open_probability(self.log_alpha[f"{tower}_{kind}"])
 
     def _by_group(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One tensor a layer, by the groups of ``models.axes``."""
+        """One tensor a layer, by the groups of ``axes``."""
         found = {}
         for tower, shape in self.shapes.items():
             for kind, sizes in _kinds(shape).items():

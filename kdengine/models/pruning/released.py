@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdengine.models.build import build_from_spec
-from kdengine.models.ragged import RaggedShape, tower_shape
+from kdengine.models.pruning.ragged import RaggedShape, tower_shape
 from kdengine.models.source import resolve
 from kdengine.models.spec import TowerSpec
 from kdengine.models.towers import Student

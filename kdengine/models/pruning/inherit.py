@@ -6,7 +6,7 @@ Decisions, where the paper or its released code leaves a choice:
 * Depth ``front`` is the released rule, student layer i from teacher layer ``i * floor(n / k)``:
   12 to 9 takes the first nine. ``even`` spreads the k layers over all n, first and last included.
 * Width ``front`` keeps the first heads, channels and neurons, as released. With scores, the units
-  with the largest are kept, in their order: a score a unit, see ``models.axes`` for what a unit is.
+  with the largest are kept, in their order: a score a unit, see ``axes`` for what a unit is.
 * Indices are read from the names of the tensors, never from their order in a file.
 * The logit scale is inherited too. The activation belongs to the weights: where teacher and student
   differ in ``quick_gelu``, ``student_spec`` takes the teacher's.
@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kdengine.models.axes import (
+from kdengine.models.pruning.axes import (
     Axes,
     Axis,
     canonical,

@@ -4,7 +4,7 @@
 Structured pruning leaves such towers, and open_clip's blocks cannot hold them: there, heads times
 their width is the width of the tower. The blocks here keep the names of open_clip's tensors, run on
 ``scaled_dot_product_attention``, and can be gated, which is how a tower is pruned in the first
-place (``models.masks``). A layer without heads or without neurons keeps the bias that its
+place (``masks``). A layer without heads or without neurons keeps the bias that its
 sublayer adds, and nothing else of it.
 """
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kdengine.models.axes import canonical, model_axes
-from kdengine.models.ragged import RaggedShape
+from kdengine.models.pruning.axes import canonical, model_axes
+from kdengine.models.pruning.ragged import RaggedShape
 
 Factors = Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ def cut(
     Args:
         tensors: the state dict of an open_clip model, ragged or not.
         shapes: of its towers, by ``image`` and ``text``.
-        factors: by the groups of ``models.axes``: ``image.channels`` [width], ``text.3.heads``
+        factors: by the groups of ``axes``: ``image.channels`` [width], ``text.3.heads``
             [heads], ...; a group without an entry stays whole.
 
     Returns:
