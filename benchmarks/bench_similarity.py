@@ -5,7 +5,8 @@
     python benchmarks/bench_similarity.py --rows 1024 4096 [--width 512] [--scale 14.3] ...
 
 Without ``--rows`` a GPU runs the list of ``problems.gpu_plan``, most important first, until the
-budget is spent. Backends of the tables: ``torch`` and ``triton`` (``kdengine.losses``), ``eager``
+budget is spent. Backends of the tables: ``torch`` and ``triton`` (``kdengine.losses``; with a
+teacher also ``triton G1`` and ``triton G2``, its strips in one phase and in two), ``eager``
 and ``compiled`` (the dense loss of ``problems.dense_loss``), ``oracle`` (``kdengine.reference``,
 on a CPU), ``open_clip`` (its ClipLoss and DistillClipLoss) and the peers of ``peers.py`` that can
 be imported. Each makes the objective's value and the gradients of image, text and scale, of the
@@ -14,11 +15,13 @@ place of a time.
 """
 
 import argparse
+import contextlib
 import functools
+import importlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +63,26 @@ def ours(problem: Problem, x: Inputs) -> list[Contender]:
         def loss(backend: str = name) -> Tensor:
             return problems.engine_loss(losses, x, objective, backend=backend)
 
-        learned = problems.learned(problem, x)
-        found.append(Contender(name, loss, learned, ours=True, units=objective.units))
+        own = Contender(name, loss, problems.learned(problem, x), True, objective.units)
+        found.append(own)
+        if name == "triton" and objective.soft:
+            # what fills ``tuning.VARIANTS``
+            for variant in ("G1", "G2"):
+                using = functools.partial(strips_by, variant)
+                found.append(own._replace(name=f"{name} {variant}", using=using))
     return found
+
+
+@contextlib.contextmanager
+def strips_by(variant: str) -> Iterator[None]:
+    """Gradients with a teacher in one phase, G1, or in two, G2, whatever the table says."""
+    kernels = importlib.import_module("kdengine_kernels.similarity")
+    chosen = kernels.two_phase
+    setattr(kernels, "two_phase", lambda *_: variant == "G2")  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(kernels, "two_phase", chosen)  # noqa: B010
 
 
 def dense(problem: Problem, x: Inputs, with_compile: bool) -> list[Contender]:

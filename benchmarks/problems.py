@@ -242,10 +242,15 @@ def gpu_plan() -> list[Problem]:
         Problem("InfoNCE+CRD", 1024, field="main", compiled=True),
         *(Problem("InfoNCE+CRD", rows, field="main") for rows in (8192, 16384, 65536)),
         *(Problem("InfoNCE", rows, field="main") for rows in (1024, 8192, 16384, 65536)),
+        Problem("InfoNCE+CRD", big, teacher_width=768, field="main"),
+        # with those above, each entry of tuning.VARIANTS
+        *(
+            Problem("InfoNCE+CRD", big, width, teacher_width=other, field="ours")
+            for width, other in ((768, 512), (512, 1024), (1024, 512), (768, 1024), (1024, 768))
+        ),
         Problem("InfoNCE+CRD", 131072, field="ours"),
         Problem("InfoNCE", 131072, field="ours"),
         Problem("CLIP-KD", small, field="main", compiled=True),
-        Problem("InfoNCE+CRD", big, teacher_width=768, field="main"),
         Problem("InfoNCE+CRD", 8192, dtype=fp32, field="main"),
         Problem("InfoNCE", 8192, dtype=fp32, field="main"),
         Problem("InfoNCE+CRD", big, 640),

@@ -5,6 +5,7 @@ A contender that raises, or that is wrong, gets a row with the reason and no tim
 accurate; a peer may lose digits (its errors are in its row) up to a gradient error of 1e-1.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Contender(NamedTuple):
         units: products it makes forward and backward.
         has_forward: its forward alone means something (not where gradients are made in it).
         same_value: its value is the oracle's (soft cross-entropies differ by a constant).
+        using: what its step runs in.
     """
 
     name: str
@@ -45,11 +47,13 @@ class Contender(NamedTuple):
     units: float | None = None
     has_forward: bool = True
     same_value: bool = True
+    using: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def step(self) -> tuple[Tensor, ...]:
         """Loss and gradients."""
-        loss = self.loss()
-        return (loss, *torch.autograd.grad(loss, list(self.learned.values())))
+        with self.using():
+            loss = self.loss()
+            return (loss, *torch.autograd.grad(loss, list(self.learned.values())))
 
     def forward(self) -> Tensor:
         """The loss alone, without a graph."""

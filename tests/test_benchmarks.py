@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run, refuse to time what is wrong, and survive what crashes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks import bench_feature, bench_similarity, common, plot, problems, race, run_all
 from kdengine.ops import extension, feature_torch, similarity_torch
+from kdengine_kernels import similarity as kernels
 
 SMALL = ["--threads", "1", "--seconds", "0.02"]
 
@@ -177,6 +179,21 @@ def test_the_plan_of_a_gpu_has_no_problem_twice_and_each_kind_runs(tmp_path: Pat
         wide = problem.teacher_width and 24
         small = problem._replace(rows=16, width=32, teacher_width=wide, compiled=False)
         assert bench_similarity.run_problem(small, options, device, journal)
+
+
+def test_both_variants_of_strips_can_be_timed() -> None:
+    chosen, seen = kernels.two_phase, []
+
+    def loss() -> torch.Tensor:
+        seen.append(kernels.two_phase(512, [512], 2, True))
+        return torch.ones((), requires_grad=True)
+
+    for variant in ("G1", "G2"):
+        using = functools.partial(bench_similarity.strips_by, variant)
+        contender = race.Contender(variant, loss, {}, using=using)
+        with pytest.raises(ValueError, match="grad requires non-empty inputs"):
+            contender.step()
+    assert seen == [False, True] and kernels.two_phase is chosen
 
 
 def test_faster_variants_are_timed_more_often() -> None:

@@ -46,12 +46,13 @@ def row_loss(
         return loss
     rows = reduced_rows(at, features, labels, soft=soft != 0, backend=backend)
     loss = torch.zeros((), dtype=features.dtype, device=features.query.device)
+    has = rows.has_positive()
     if hard:
         stats = rows.statistics
         target, _ = with_margin(stats.positive, features.scale, margin)
         stats = stats._replace(positive=target)
-        loss = loss + hard * hard_term(rows._replace(statistics=stats))
-    return loss + soft * soft_terms(rows)[0] if soft else loss
+        loss = loss + hard * hard_term(rows._replace(statistics=stats), has)
+    return loss + soft * soft_terms(rows, has)[0] if soft else loss
 
 
 @eager_over_ranks

@@ -15,7 +15,7 @@ from kdengine.losses import inputs
 from kdengine.losses.inputs import Scale, Teachers, TeacherScales
 from kdengine.losses.rows import row_loss, row_statistics
 from kdengine.losses.sweep import sweep
-from kdengine.losses.terms import hard_term, soft_terms
+from kdengine.losses.terms import all_terms
 
 
 class SimilarityTerms(NamedTuple):
@@ -107,11 +107,12 @@ def similarity_loss(
         group=group,
         backend=backend,
     )
-    # switched off terms are zeros outside the graph
-    return sum(
-        (w * term for w, term in zip(weights, terms, strict=False) if w != 0),
-        start=torch.zeros_like(terms.hard_rows),
-    )
+    total = torch.zeros_like(terms.hard_rows)
+    for weight, term in zip(weights, terms, strict=False):
+        # a switched off term is a zero outside the graph
+        if weight != 0:
+            total = torch.add(total, term, alpha=weight)
+    return total
 
 
 def similarity_terms(
@@ -166,28 +167,20 @@ def similarity_terms(
         who, query, key, scale, teacher_query, teacher_key, teacher_scale, normalize
     )
     has_teacher = len(features.teacher_query) > 0
+    hard, soft = (hard_rows, hard_cols), (soft_rows and has_teacher, soft_cols and has_teacher)
     rows, cols = sweep(
         who,
         features,
         labels,
         col_labels,
-        hard=(hard_rows, hard_cols),
-        soft=(soft_rows and has_teacher, soft_cols and has_teacher),
+        hard=hard,
+        soft=soft,
         keys=keys,
         group=group,
         backend=backend,
     )
     off = features.query.new_zeros((), dtype=features.dtype)
-    kl_rows, entropy_rows = soft_terms(rows) if rows and soft_rows and has_teacher else (off, off)
-    kl_cols, entropy_cols = soft_terms(cols) if cols and soft_cols and has_teacher else (off, off)
-    return SimilarityTerms(
-        hard_term(rows) if rows and hard_rows else off,
-        hard_term(cols) if cols and hard_cols else off,
-        kl_rows,
-        kl_cols,
-        entropy_rows,
-        entropy_cols,
-    )
+    return SimilarityTerms(*all_terms(rows, cols, hard, soft, off, backend))
 
 
 def similarity_lse(

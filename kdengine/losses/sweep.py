@@ -37,11 +37,17 @@ class Reduced(NamedTuple):
     """This rank's rows (or columns), reduced over the whole matrix.
 
     ``share`` makes the mean over ranks of ``mean`` the mean over all rows (or columns).
+    ``labels`` are global; one outside 0..limit names no positive.
     """
 
     statistics: Statistics
-    has_positive: Tensor
+    labels: Tensor
+    limit: int
     share: float
+
+    def has_positive(self) -> Tensor:
+        """Which rows have a positive."""
+        return (self.labels >= 0) & (self.labels < self.limit)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over this rank's part, and over teachers where there are some."""
@@ -119,13 +125,13 @@ def _run(
     if not any(soft):
         features = features._replace(teacher_query=[], teacher_key=[])
     device = features.query.device
-    row_numbers, col_numbers = (
-        torch.arange(first, first + count, device=device) if given is None else given
-        for given, first, count in (
-            (labels, at.first_row, at.num_rows),
-            (col_labels, at.first_col, at.num_cols),
-        )
-    )
+    own_rows, own_cols = (at.first_row, at.num_rows), (at.first_col, at.num_cols)
+    is_paired = labels is None and own_rows == own_cols
+    row_numbers = _count(*own_rows, device) if labels is None else labels
+    if col_labels is not None:
+        col_numbers = col_labels
+    else:
+        col_numbers = row_numbers if is_paired else _count(*own_cols, device)
     if at.num_ranks == 1 or at.keys == "replicated":
         rows, cols = _whole(at, features, (row_numbers, col_numbers), on, soft, backend)
     elif at.keys == "gathered":
@@ -143,13 +149,15 @@ def _run(
         cols, rows = _spread(
             at.exchange, swapped, col_numbers, labels, at.first_col, on[::-1], soft[::-1], backend
         )
-    has_row = (row_numbers >= 0) & (row_numbers < at.total_cols)
-    has_col = (col_numbers >= 0) & (col_numbers < at.total_rows)
     share = at.num_cols * at.num_ranks / at.total_cols if at.keys == "sharded" else 1.0
     return (
-        None if rows is None else Reduced(rows, has_row, 1.0),
-        None if cols is None else Reduced(cols, has_col, share),
+        None if rows is None else Reduced(rows, row_numbers, at.total_cols, 1.0),
+        None if cols is None else Reduced(cols, col_numbers, at.total_rows, share),
     )
+
+
+def _count(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first, first + count, device=device)
 
 
 def _whole(
@@ -167,7 +175,7 @@ def _whole(
         features.key,
         features.scale.detach() if split else features.scale,
         labels[0],
-        labels[1] - at.first_row,
+        labels[1] - at.first_row if at.first_row else labels[1],
         teacher_query=features.teacher_query,
         teacher_key=features.teacher_key,
         teacher_scale=features.teacher_scale if any(soft) else None,

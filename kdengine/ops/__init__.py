@@ -6,5 +6,15 @@ from kdengine.ops.feature import feature
 from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
 from kdengine.ops.similarity_rows import similarity_rows
+from kdengine.ops.terms import has_terms, terms
 
-__all__ = ["Statistics", "feature", "gradient", "set_workspace", "similarity", "similarity_rows"]
+__all__ = [
+    "Statistics",
+    "feature",
+    "gradient",
+    "has_terms",
+    "set_workspace",
+    "similarity",
+    "similarity_rows",
+    "terms",
+]

@@ -25,6 +25,7 @@ MODULES = {
     ("similarity", "triton"): "kdengine_kernels.similarity",
     ("similarity_rows", "torch"): "kdengine.ops.similarity_rows_torch",
     ("similarity_rows", "triton"): "kdengine_kernels.similarity_rows",
+    ("terms", "triton"): "kdengine_kernels.terms",
     ("gradient", "torch"): "kdengine.ops.gradient_torch",
     ("gradient", "triton"): "kdengine_kernels.gradient",
     ("feature", "torch"): "kdengine.ops.feature_torch",

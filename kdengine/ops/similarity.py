@@ -128,10 +128,12 @@ def keeps_logits(
 
 def _unpack(student: Tensor, teachers: Tensor, means: bool) -> Statistics:
     constant = teachers.detach()
+    # at once: a gradient of each alone would be three launches
+    others, positive, *mean = student.unbind()
     return Statistics(
-        others=student[0],
-        positive=student[1],
-        mean=student[2].detach() if means else student.new_empty(0),
+        others=others,
+        positive=positive,
+        mean=mean[0].detach() if means else student.new_empty(0),
         teacher_others=constant[:, 0],
         teacher_positive=constant[:, 1],
         gap=teachers[:, 2],

@@ -23,17 +23,21 @@ from triton.compiler import ASTSource
 
 from kdengine_kernels.gradient import _pulls_kernel
 from kdengine_kernels.similarity_attend import _attend_kernel
+from kdengine_kernels.similarity_finalise import _finalise_kernel
 from kdengine_kernels.similarity_gradient import _gradient_kernel
+from kdengine_kernels.similarity_gradient_vectors import _coefficients_kernel, _positives_kernel
 from kdengine_kernels.similarity_rows import GAIN, _row_gradient_kernel
 from kdengine_kernels.similarity_statistics import _statistics_kernel
+from kdengine_kernels.similarity_strips import COEFFICIENTS_BLOCK, POSITIVES_BLOCK
+from kdengine_kernels.similarity_sweep import FINALISE
+from kdengine_kernels.terms import BLOCK, _terms_backward_kernel, _terms_forward_kernel
 from kdengine_kernels.tuning import TABLE, Config
 
 CAPABILITY = 90
 WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
-INT32 = {"labels", "col_labels", "flag"}
-SIZES = {"first_row", "end_row", "num_cols", "row_stride", "row_slot", "col_stride", "col_slot"}
-SIZES |= {"part_stride", "part_slot", "num_tiles", "out_stride", "logits_stride", "num_rows"}
+INT64 = {"labels", "row_labels", "col_labels"}
+SIZE = re.compile(r"(num|first|end|all)_\w+|\w+_(stride|slot|limit)")
 # of strips, whose rows begin at multiples of 16 elements
 ALIGNED = {"out_stride", "logits_stride"}
 
@@ -97,11 +101,28 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
             yield kind, dtype, blocks, _gradient_kernel, flags
 
 
+def small_cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
+    """What has no entry in the table: kernels of vectors, where blocks matter little."""
+    both = {"ROWS": True, "COLS": True, "SOFT_ROWS": True, "SOFT_COLS": True}
+    terms = {"HARD_ROWS": True, "HARD_COLS": True, "SOFT_ROWS": 1, "SOFT_COLS": 1, "BLOCK": BLOCK}
+    ends = both | {"MEANS": False, "FIRST": True, "LAST": True} | FINALISE
+    fixes = {"ROWS": True, "COLS": True, "ROW_TEACHERS": 1, "COL_TEACHERS": 1}
+    blocks = Config(0, 0, 0, 4, 3)
+    for dtype in ("bf16", "fp32"):
+        yield "finalise", dtype, blocks, _finalise_kernel, ends | {"ONLINE": False}
+        yield "finalise (repeated)", dtype, blocks, _finalise_kernel, ends | {"ONLINE": True}
+        fixes |= {"UNIT": False, "BLOCK": POSITIVES_BLOCK}
+        yield "positives", dtype, blocks, _positives_kernel, fixes
+    coefficients = both | {"BLOCK": COEFFICIENTS_BLOCK}
+    yield "coefficients", "fp32", blocks, _coefficients_kernel, coefficients
+    yield "terms", "fp32", blocks, _terms_forward_kernel, terms
+    yield "terms_backward", "fp32", blocks, _terms_backward_kernel, terms
+
+
 def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any:
     """Compile one kernel as its launcher would."""
     precision = "tf32x3" if dtype == "fp32" else "tf32"
     constants = {
-        **flags,
         "WIDTH": WIDTH,
         "TEACHER_WIDTH": TEACHER_WIDTH,
         "WIDE": 2 * WIDTH,
@@ -110,16 +131,18 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
         "BLOCK_COLS": blocks.cols,
         "BLOCK_K": blocks.k,
         "GROUP": blocks.group,
+        "PIECES": blocks.pieces,
         "PRECISION": precision,
         "TEACHER_PRECISION": precision,
+        **flags,
     }
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-    targets = flags.get("SOFT_ROWS") and not flags["ROWS"]
+    targets = flags.get("SOFT_ROWS") and flags.get("ROWS") is False
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in SIZES:
+        elif SIZE.fullmatch(name):
             signature[name] = "i32"
         elif name.endswith("query"):
             signature[name] = f"tensordesc<{dtype}[{blocks.rows}, {blocks.k}]>"
@@ -127,8 +150,14 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
             signature[name] = f"tensordesc<{dtype}[{blocks.cols}, {blocks.k}]>"
         elif name in ("out", "g_out", "a_out") and not targets:
             signature[name] = f"*{dtype}"
+        elif name in ("left", "right", "teacher_left", "teacher_right"):
+            signature[name] = f"*{dtype}"
+        elif name.endswith("_share"):
+            signature[name] = "fp32"
+        elif name in INT64:
+            signature[name] = "*i64"
         else:
-            signature[name] = "*i32" if name in INT32 else "*fp32"
+            signature[name] = "*i32" if name == "flag" else "*fp32"
     aligned: dict[Any, Any] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -166,7 +195,7 @@ def main() -> None:
     as_json = "--json" in sys.argv[1:]
     if not as_json:
         print(f"{'kernel':34} {'dtype':5} {'registers':>9} {'stack':>6} {'shared':>7}  wgmma")
-    for case in cases():
+    for case in (*cases(), *small_cases()):
         usage = measure(*case)
         if as_json:
             print(json.dumps(usage._asdict()), flush=True)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdengine_kernels.common import Matrix
+from kdengine_kernels.common import Matrix, strip_height
 from kdengine_kernels.similarity_attend import attend as attend_rows
 from kdengine_kernels.similarity_strips import Direction, Pull, Wanted, gradients
 from kdengine_kernels.similarity_sweep import Side, sweep
-from kdengine_kernels.tuning import two_phase
+from kdengine_kernels.tuning import LEAST_ROWS, two_phase
 
 
 def forward(
@@ -51,7 +51,7 @@ def forward(
     col_stats = new(2 + means, num_cols if on_cols else 0)
     teacher_rows = new(len(teachers) if soft_rows else 0, 4, num_rows if soft_rows else 0)
     teacher_cols = new(len(teachers) if soft_cols else 0, 4, num_cols if soft_cols else 0)
-    row_labels, col_labels = labels.int(), col_labels.int()
+    row_labels, col_labels = labels.contiguous(), col_labels.contiguous()
     if attend:
         attended = attend_rows(student, row_labels, row_stats, budget)
         attended = attended[:, : key.shape[1]].contiguous()
@@ -104,13 +104,16 @@ def backward(
         )
         if soft_rows or soft_cols:
             pulls.append(Pull(teacher, soft_rows, soft_cols))
+    rows_needed = min(LEAST_ROWS, len(query))
+    room = strip_height(student.left, len(key), student.left.itemsize + 4, budget)
+    widths = [pull.matrix.left.shape[1] for pull in pulls]
     left, right, grad_scale = gradients(
         Pull(student, rows, cols),
         pulls,
-        labels.int(),
-        col_labels.int(),
+        labels.contiguous(),
+        col_labels.contiguous(),
         Wanted(need_query, need_key, need_scale),
-        two_phase=two_phase(query.shape[1], len(pulls)),
+        two_phase=two_phase(query.shape[1], widths, student.left.itemsize, room >= rows_needed),
         budget=budget,
     )
     # without the columns that fill a width up

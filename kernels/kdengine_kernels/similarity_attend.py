@@ -35,8 +35,8 @@ from kdengine_kernels.common import (
     tile_numbers,
     tile_product,
 )
-from kdengine_kernels.similarity_statistics import _combine_kernel, row_others
-from kdengine_kernels.similarity_sweep import Side, positives, sweep
+from kdengine_kernels.similarity_statistics import row_others
+from kdengine_kernels.similarity_sweep import Side, Sweep, finalise, sweep
 from kdengine_kernels.tuning import Config, config
 
 
@@ -124,7 +124,7 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
 
     Args:
         matrix: with constant keys.
-        labels: (B,) int32.
+        labels: (B,) int64.
         stats: float32.
         budget: bytes for the strip.
     """
@@ -132,19 +132,18 @@ def attend(matrix: Matrix, labels: Tensor, stats: Tensor, budget: int) -> Tensor
         # exponentials leave its range
         matrix = Matrix(matrix.left.float(), matrix.right.float(), matrix.scale)
     attended = matrix.left.new_empty(matrix.left.shape, dtype=torch.float32)
-    for part, strip, total in exponentials(matrix, labels, stats[0], budget):
+    for part, strip, total in exponentials(matrix, labels, stats, budget):
         attended[part] = multiply(strip, matrix.right) / total[:, None]
-    stats[1] = positives(matrix, labels, flip=False)
     return attended
 
 
 def exponentials(
-    matrix: Matrix, labels: Tensor, others: Tensor, budget: int
+    matrix: Matrix, labels: Tensor, stats: Tensor, budget: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Strip by strip: its rows, their exponentials without positives, and the sum of each row.
 
     A row's exponentials are relative to a number of its own. Their sum is of what was written, but
-    1 where there is none. ``others`` (B,) is filled with log-sum-exps on the way.
+    1 where there is none. ``stats`` (2, B) is filled with others and positives on the way.
     """
     left, right, scale = matrix
     num_rows, num_cols = len(left), len(right)
@@ -155,6 +154,7 @@ def exponentials(
     strip = new_strip(left, height, num_cols)
     parts = left.new_empty(3, num_col_tiles, height, dtype=torch.float32)
     found = left.new_empty(3, num_rows, dtype=torch.float32)
+    rows, nothing = Side(labels, found, None), Side(labels, None, None)
     num_strips = triton.cdiv(num_rows, height)
     flags = torch.zeros(num_strips, dtype=torch.int32, device=left.device)
     shift = (scale.float() - HEADROOM.value).clamp(min=0)
@@ -165,12 +165,13 @@ def exponentials(
             _write, matrix, labels, found[0], strip, parts, flag, first, end, blocks
         )
         write(exact=False)
-        _combine(found[:, part], parts, scale, flag)
+        # found[2] = sum of rounded exponentials over that of exact ones
+        ends = Sweep(matrix, None, rows, nothing, blocks, parts, parts, parts, None, flag)
+        finalise(ends, first, end, 0, online=False)
         own = Matrix(left[part], right, scale)
-        row_side = Side(labels[part], found[:2, part], None)
-        sweep(own, None, row_side, Side(labels, None, None), budget, flag)
+        sweep(own, None, Side(labels[part], found[:2, part], None), nothing, budget, flag)
         write(exact=True)
-        others[part] = found[0, part]
+        stats[:, part] = found[:2, part]
         # the sum of what was written: 1 for the exact strip, 0 where there is nothing
         total = found[2, part] * torch.exp(found[0, part] - shift)
         yield part, strip[: end - first], torch.where((flag != 0) | (total == 0), 1.0, total)
@@ -215,28 +216,4 @@ def _write(
         PRECISION=matrix.precision,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-    )
-
-
-def _combine(found: Tensor, parts: Tensor, scale: Tensor, flag: Tensor) -> None:
-    """found[0] = log-sum-exp, found[2] = sum of rounded exponentials over that of exact ones."""
-    num_items, block = found.shape[1], 64
-    _combine_kernel[(triton.cdiv(num_items, block),)](
-        parts,
-        parts,
-        found,
-        scale,
-        flag,
-        parts.shape[1],
-        num_items,
-        parts.stride(0),
-        parts.stride(1),
-        0,
-        found.stride(0),
-        NUM_WEIGHTED=1,
-        FIRST=True,
-        LAST=True,
-        ONLINE=False,
-        BLOCK_PARTS=32,
-        BLOCK=block,
     )

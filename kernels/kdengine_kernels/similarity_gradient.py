@@ -9,7 +9,7 @@ logit z_ij is
 for the rows, plus the same for the columns; at a positive of its row, what the loss wants of that
 positive stands in place of the row's part, and likewise for its column. ``_gradient_kernel``
 subtracts in float32 and rounds once, to the features' dtype. It knows nothing of positives, which
-would cost it a third of its registers: ``_positives_kernel`` overwrites those cells afterwards.
+would cost it a third of its registers: ``similarity_gradient_vectors.py`` overwrites those cells.
 
 As in the statistics sweep the exponentials share a fixed shift, one for each element and matrix;
 where a statistic lies too far from it (a flag on the device), a second launch takes one for each
@@ -27,24 +27,6 @@ from kdengine_kernels.common import (
     tile_product,
 )
 
-# statistics further from the shift than this take exponentials of their own
-BELOW, ABOVE = tl.constexpr(55.0), tl.constexpr(82.0)
-
-
-@triton.jit
-def _coefficients_kernel(lse, weight, scale, out, flag, num_items, BLOCK: tl.constexpr):
-    """``weight exp(shift - lse)``, the factor of exponentials that are relative to the shift."""
-    items = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = items < num_items
-    shift = fixed_shift(tl.load(scale).to(tl.float32))
-    a = tl.load(lse + items, mask=here, other=float("-inf"))
-    w = tl.load(weight + items, mask=here, other=0.0)
-    empty = a == float("-inf")
-    odd = here & ((a < shift - BELOW) | (a > shift + ABOVE) | (a != a)) & (empty == 0)
-    if tl.max(odd.to(tl.int32), 0) > 0:
-        tl.atomic_max(flag, 1)
-    tl.store(out + items, tl.where(empty, 0.0, w * tl.exp(shift - a)), mask=here)
-
 
 @triton.jit
 def _pull(x, items, lse, weight, AXIS: tl.constexpr):
@@ -57,21 +39,13 @@ def _pull(x, items, lse, weight, AXIS: tl.constexpr):
 
 @triton.jit
 def _pulls(
-    x,
-    scale,
-    rows,
-    cols,
-    row_lse,
-    row_weight,
-    row_coefficient,
-    col_lse,
-    col_weight,
-    col_coefficient,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EXACT: tl.constexpr,
+    x, scale, rows, cols, vectors, ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr
 ):
-    """What one matrix's rows and columns pull, of a tile of its logits."""
+    """What one matrix's rows and columns pull, of a tile of its logits.
+
+    ``vectors`` are lse, weight and coefficient of the rows, and of the columns.
+    """
+    row_lse, row_weight, row_coefficient, col_lse, col_weight, col_coefficient = vectors
     if EXACT:
         if ROWS and COLS:
             return _pull(x, rows, row_lse, row_weight, 1) + _pull(x, cols, col_lse, col_weight, 0)
@@ -88,6 +62,99 @@ def _pulls(
             return e * tl.load(row_coefficient + rows)[:, None]
         else:
             return e * tl.load(col_coefficient + cols)[None, :]
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of a tile's columns."""
+    pair = x.reshape(x.shape[0], 2, x.shape[1] // 2)
+    return pair.permute(0, 2, 1).split()
+
+
+@triton.jit
+def _write(
+    student,
+    teacher,
+    residual,
+    out,
+    unit,
+    corner,
+    area,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SOFT_ROWS: tl.constexpr,
+    SOFT_COLS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    EXACT: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Write a tile's gradients, PIECES of its columns one after the other.
+
+    What is loaded beside an accumulator takes registers: less of it at a time lets the tile grow.
+    ``student`` and ``teacher`` are logits, scale and vectors, ``corner`` the tile's first row and
+    column, ``area`` the strip's first and last row, the columns, and the stride of ``out``.
+    """
+    z, s, vectors = student
+    t, r, teacher_vectors = teacher
+    row0, col0 = corner
+    if PIECES > 1:
+        half: tl.constexpr = z.shape[1] // 2
+        z0, z1 = _halves(z)
+        t0, t1 = z0, z1
+        if SOFT_ROWS or SOFT_COLS:
+            t0, t1 = _halves(t)
+        _write(
+            (z0, s, vectors),
+            (t0, r, teacher_vectors),
+            residual,
+            out,
+            unit,
+            (row0, col0),
+            area,
+            ROWS,
+            COLS,
+            SOFT_ROWS,
+            SOFT_COLS,
+            RESIDUAL,
+            UNIT,
+            EXACT,
+            PIECES // 2,
+        )
+        _write(
+            (z1, s, vectors),
+            (t1, r, teacher_vectors),
+            residual,
+            out,
+            unit,
+            (row0, col0 + half),
+            area,
+            ROWS,
+            COLS,
+            SOFT_ROWS,
+            SOFT_COLS,
+            RESIDUAL,
+            UNIT,
+            EXACT,
+            PIECES // 2,
+        )
+    else:
+        first_row, end_row, num_cols, out_stride = area
+        rows = row0 + tl.arange(0, z.shape[0])
+        cols = col0 + tl.arange(0, z.shape[1])
+        row_at, col_at = tl.minimum(rows, end_row - 1), tl.minimum(cols, num_cols - 1)
+        g = tl.zeros(z.shape, tl.float32)
+        if ROWS or COLS:
+            g += _pulls(z, s, row_at, col_at, vectors, ROWS, COLS, EXACT)
+        if SOFT_ROWS or SOFT_COLS:
+            g -= _pulls(t, r, row_at, col_at, teacher_vectors, SOFT_ROWS, SOFT_COLS, EXACT)
+        here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
+        place = ((rows - first_row).to(tl.int64) * out_stride)[:, None] + cols[None, :]
+        if RESIDUAL:
+            g += tl.load(residual + place, mask=here, other=0.0)
+        if UNIT:
+            g *= tl.load(unit)
+        tl.store(out + place, g.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -133,6 +200,7 @@ def _gradient_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
 ):
@@ -181,103 +249,34 @@ def _gradient_kernel(
                 PRECISION,
                 TMA,
             )
-        rows = row0 + tl.arange(0, BLOCK_ROWS)
-        cols = col0 + tl.arange(0, BLOCK_COLS)
-        row_at, col_at = tl.minimum(rows, end_row - 1), tl.minimum(cols, num_cols - 1)
-        g = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-        if ROWS or COLS:
-            g += _pulls(
-                z,
-                s,
-                row_at,
-                col_at,
-                row_lse,
-                row_weight,
-                row_coefficient,
-                col_lse,
-                col_weight,
-                col_coefficient,
-                ROWS,
-                COLS,
-                EXACT,
-            )
-        if SOFT_ROWS or SOFT_COLS:
-            g -= _pulls(
-                t,
-                r,
-                row_at,
-                col_at,
-                teacher_row_lse,
-                teacher_row_weight,
-                teacher_row_coefficient,
-                teacher_col_lse,
-                teacher_col_weight,
-                teacher_col_coefficient,
-                SOFT_ROWS,
-                SOFT_COLS,
-                EXACT,
-            )
-        here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
-        place = ((rows - first_row).to(tl.int64) * out_stride)[:, None] + cols[None, :]
-        if RESIDUAL:
-            g += tl.load(residual + place, mask=here, other=0.0)
-        if UNIT:
-            g *= tl.load(unit)
-        tl.store(out + place, g.to(out.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _positives_kernel(
-    out,
-    unit,
-    labels,
-    logits,
-    positive,
-    other_labels,
-    other_positive,
-    other_lse,
-    other_weight,
-    teacher_logits,
-    teacher_lse,
-    teacher_weight,
-    first_item,
-    num_items,
-    num_others,
-    first_row,
-    end_row,
-    out_stride,
-    OF_ROWS: tl.constexpr,
-    OTHER: tl.constexpr,
-    NUM_TEACHERS: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Overwrite the cells of a strip that are positives of its rows (OF_ROWS) or of its columns.
-
-    ``positive`` is what the loss wants there; added to it is the pull of the other direction at
-    this cell, or what the loss wants if it is the other direction's positive as well. Teachers'
-    vectors: logits (K, num_items), lse and weight (K, num_others).
-    """
-    items = first_item + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = items < num_items
-    others = tl.load(labels + items, mask=here, other=-1)
-    inside = here & (others >= 0) & (others < num_others)
-    others = tl.where(inside, others, 0)
-    g = tl.load(positive + items, mask=inside, other=0.0)
-    if OTHER:
-        shared = tl.load(other_labels + others, mask=inside, other=-1) == items
-        x = tl.load(logits + items, mask=inside, other=0.0)
-        a = tl.load(other_lse + others, mask=inside, other=0.0)
-        pull = tl.load(other_weight + others, mask=inside, other=0.0) * tl.exp(x - a)
-        for k in range(NUM_TEACHERS):
-            t = tl.load(teacher_logits + k * num_items + items, mask=inside, other=0.0)
-            b = tl.load(teacher_lse + k * num_others + others, mask=inside, other=0.0)
-            w = tl.load(teacher_weight + k * num_others + others, mask=inside, other=0.0)
-            pull -= w * tl.exp(t - b)
-        g += tl.where(shared, tl.load(other_positive + others, mask=inside, other=0.0), pull)
-    if UNIT:
-        g *= tl.load(unit)
-    rows, cols = (items, others) if OF_ROWS else (others, items)
-    inside = inside & (rows >= first_row) & (rows < end_row)
-    place = (rows - first_row).to(tl.int64) * out_stride + cols
-    tl.store(out + place, g.to(out.dtype.element_ty), mask=inside)
+        # stand in for a matrix that is not there
+        if not (ROWS or COLS):
+            z, s = t, r
+        if not (SOFT_ROWS or SOFT_COLS):
+            t, r = z, s
+        vectors = (row_lse, row_weight, row_coefficient, col_lse, col_weight, col_coefficient)
+        teacher_vectors = (
+            teacher_row_lse,
+            teacher_row_weight,
+            teacher_row_coefficient,
+            teacher_col_lse,
+            teacher_col_weight,
+            teacher_col_coefficient,
+        )
+        _write(
+            (z, s, vectors),
+            (t, r, teacher_vectors),
+            residual,
+            out,
+            unit,
+            (row0, col0),
+            (first_row, end_row, num_cols, out_stride),
+            ROWS,
+            COLS,
+            SOFT_ROWS,
+            SOFT_COLS,
+            RESIDUAL,
+            UNIT,
+            EXACT,
+            PIECES,
+        )

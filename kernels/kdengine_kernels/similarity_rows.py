@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdengine_kernels.common import LOG2E, Matrix, add_product, multiply, new_strip, strip_height
 from kdengine_kernels.similarity_attend import exponentials
-from kdengine_kernels.similarity_sweep import Side, positives, sweep
+from kdengine_kernels.similarity_sweep import Side, sweep
 from kdengine_kernels.tuning import config
 
 Weigh = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -70,7 +70,7 @@ def _row_gradient_kernel(
     g = _softmax(logits, place, here, rows, row_here, lse, weight)
     if SOFT:
         g -= _softmax(teacher_logits, place, here, rows, row_here, teacher_lse, teacher_weight)
-    label = tl.load(labels + rows, mask=row_here, other=-1)
+    label = tl.load(labels + rows, mask=row_here, other=-1).to(tl.int32)
     wanted = tl.load(positive + rows, mask=row_here, other=0.0)
     g = tl.where(cols[None, :] == label[:, None], wanted[:, None], g) * FACTOR
     place = (rows.to(tl.int64) * out_stride)[:, None] + cols[None, :]
@@ -101,9 +101,9 @@ def forward(
     teachers = zip(teacher_query, teacher_key, teacher_scale, strict=True)
     teacher = next((Matrix.of(u, v, r) for u, v, r in teachers), None)
     if teacher is None and student.left.dtype != torch.float16:
-        _from_exponentials(student, labels.int(), weigh, left, right, budget)
+        _from_exponentials(student, labels.contiguous(), weigh, left, right, budget)
     else:
-        _from_logits(student, teacher, labels.int(), weigh, left, right, budget)
+        _from_logits(student, teacher, labels.contiguous(), weigh, left, right, budget)
     # without the columns that fill a width up
     return left[:, : query.shape[1]].contiguous(), right[:, : key.shape[1]].contiguous()
 
@@ -114,10 +114,9 @@ def _from_exponentials(
     """Fill ``left`` and ``right`` where there is no teacher."""
     query, key, _ = student
     stats = query.new_empty(2, len(query), dtype=torch.float32)
-    stats[1] = positives(student, labels, flip=False)
     inside = (labels >= 0) & (labels < len(key))
-    named = torch.where(inside, labels, 0).long()
-    for part, strip, total in exponentials(student, labels, stats[0], budget):
+    named = torch.where(inside, labels, 0)
+    for part, strip, total in exponentials(student, labels, stats, budget):
         others, positive, _ = weigh(part, stats[:, part], stats.new_empty(4, 0))
         factor = (others / total)[:, None]
         if len(left):

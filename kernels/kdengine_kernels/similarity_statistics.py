@@ -3,8 +3,8 @@
 
 Each program makes one tile of student logits z (and of teacher logits t) in registers, takes one
 exponential an element, and reduces it along both directions. Sums leave out the positives. Tiles
-write partial sums, which a second kernel adds up in a fixed order: no atomics, equal from run to
-run. Rows are swept in strips, so that the partial sums stay within a budget.
+write partial sums, which ``similarity_finalise.py`` adds up in a fixed order: no atomics, equal
+from run to run. Rows are swept in strips, so that the partial sums stay within a budget.
 
 The exponentials are relative to a fixed shift ``max(scale - 60, 0)``: sums of different tiles, and
 the rows and columns of one tile, then share them. With unit features no sum can overflow. Where one
@@ -25,8 +25,6 @@ from kdengine_kernels.common import (
     tile_product,
 )
 
-# totals outside this range are summed again, relative to their largest terms
-SMALLEST, LARGEST = tl.constexpr(2.0**-80), tl.constexpr(1e36)
 # stands for minus infinity where a difference of two must not be NaN
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -61,14 +59,14 @@ def _reduce(
 @triton.jit
 def row_others(labels, rows, cols, row_here, col_here):
     """The cells of a tile that are not their row's positive."""
-    label = tl.load(labels + rows, mask=row_here, other=-1)
+    label = tl.load(labels + rows, mask=row_here, other=-1).to(tl.int32)
     return row_here[:, None] & col_here[None, :] & (cols[None, :] != label[:, None])
 
 
 @triton.jit
 def col_others(col_labels, rows, cols, row_here, col_here):
     """The cells of a tile that are not their column's positive."""
-    label = tl.load(col_labels + cols, mask=col_here, other=-1)
+    label = tl.load(col_labels + cols, mask=col_here, other=-1).to(tl.int32)
     return row_here[:, None] & col_here[None, :] & (rows[:, None] != label[None, :])
 
 
@@ -188,112 +186,3 @@ def _statistics_kernel(
             if SOFT_COLS:
                 inside = col_others(col_labels, rows, cols, row_here, col_here)
                 _reduce(col_out, col_slot, col_here, t, q, inside, t - z, t, 0, 2, ONLINE)
-
-
-@triton.jit
-def _combine_kernel(
-    parts,
-    running,
-    out,
-    scale,
-    flag,
-    num_parts,
-    num_items,
-    slot_stride,
-    part_stride,
-    running_stride,
-    out_stride,
-    NUM_WEIGHTED: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    ONLINE: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add up partial sums; with LAST turn them into a log-sum-exp and weighted means."""
-    if ONLINE:
-        if tl.load(flag) == 0:
-            return
-    items = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = items < num_items
-    own = running + items
-    shift = fixed_shift(tl.load(scale).to(tl.float32))
-    top = tl.full((BLOCK,), LOWEST, tl.float32) if ONLINE else tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    if not FIRST:
-        if ONLINE:
-            top = tl.load(own, mask=here, other=0.0)
-        total = tl.load(own + running_stride, mask=here, other=0.0)
-        if NUM_WEIGHTED > 0:
-            first = tl.load(own + 2 * running_stride, mask=here, other=0.0)
-        if NUM_WEIGHTED > 1:
-            second = tl.load(own + 3 * running_stride, mask=here, other=0.0)
-    for start in range(0, num_parts, BLOCK_PARTS):
-        numbers = start + tl.arange(0, BLOCK_PARTS)
-        mask = (numbers < num_parts)[:, None] & here[None, :]
-        at = parts + numbers.to(tl.int64)[:, None] * part_stride + items[None, :]
-        more = tl.load(at + slot_stride, mask=mask, other=0.0)
-        factor = tl.zeros_like(more) + 1.0
-        if ONLINE:
-            tops = tl.load(at, mask=mask, other=LOWEST)
-            higher = tl.maximum(top, tl.max(tops, 0))
-            factor = tl.exp2((tops - higher[None, :]) * LOG2E)
-            shrink = tl.exp2((top - higher) * LOG2E)
-            top, total, first, second = higher, total * shrink, first * shrink, second * shrink
-        total += tl.sum(more * factor, 0)
-        if NUM_WEIGHTED > 0:
-            first += tl.sum(tl.load(at + 2 * slot_stride, mask=mask, other=0.0) * factor, 0)
-        if NUM_WEIGHTED > 1:
-            second += tl.sum(tl.load(at + 3 * slot_stride, mask=mask, other=0.0) * factor, 0)
-    if LAST:
-        if not ONLINE:
-            top += shift
-            odd = here & ((total < SMALLEST) | (total > LARGEST) | (total != total))
-            if tl.max(odd.to(tl.int32), 0) > 0:
-                tl.atomic_max(flag, 1)
-        lse = tl.where(total > 0, top + tl.log(total), float("-inf"))
-        divisor = tl.where(total > 0, total, 1.0)
-        tl.store(out + items, lse, mask=here)
-        if NUM_WEIGHTED > 0:
-            tl.store(out + 2 * out_stride + items, first / divisor, mask=here)
-        if NUM_WEIGHTED > 1:
-            tl.store(out + 3 * out_stride + items, second / divisor, mask=here)
-    else:
-        tl.store(own, top, mask=here)
-        tl.store(own + running_stride, total, mask=here)
-        if NUM_WEIGHTED > 0:
-            tl.store(own + 2 * running_stride, first, mask=here)
-        if NUM_WEIGHTED > 1:
-            tl.store(own + 3 * running_stride, second, mask=here)
-
-
-@triton.jit
-def _positive_kernel(
-    left,
-    right,
-    scale,
-    labels,
-    out,
-    num_items,
-    limit,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The logit that each item's label names; 0 where the label is outside the matrix."""
-    items = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = items < num_items
-    label = tl.load(labels + items, mask=here, other=-1)
-    inside = here & (label >= 0) & (label < limit)
-    k = tl.arange(0, BLOCK_K)
-    left_at = left + items.to(tl.int64)[:, None] * WIDTH + k[None, :]
-    right_at = right + tl.where(inside, label, 0).to(tl.int64)[:, None] * WIDTH + k[None, :]
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        mask = inside[:, None] & (start + k < WIDTH)[None, :]
-        a = tl.load(left_at + start, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(right_at + start, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(a * b, 1)
-    tl.store(out + items, total * tl.load(scale).to(tl.float32), mask=here)

@@ -5,9 +5,10 @@ For each strip of C rows: the kernels of ``similarity_gradient.py`` write G (C x
 library products give the gradient of the strip's rows, ``scale G right``, and add to that of all
 columns, ``scale G.T left``. The scale's gradient is the radial part of the rows' gradient.
 
-Variants: in one phase the kernel keeps student and teacher tile in registers at once. In two
-phases it first writes the teachers' part of the strip in float32 and then adds the student's,
-which allows larger tiles and any number of teachers, for 8 bytes of traffic an element.
+Variants: in one phase (G1) the kernel keeps student and teacher tile in registers at once. In two
+phases (G2) it first writes the teachers' part of the strip in float32 and then adds the student's,
+which allows larger tiles and any number of teachers, for 8 bytes of traffic and, unless the strip
+is float32 itself, 4 more bytes of workspace an element. ``tuning.two_phase`` chooses.
 """
 
 import functools
@@ -27,13 +28,13 @@ from kdengine_kernels.common import (
     num_programs,
     strip_height,
 )
-from kdengine_kernels.similarity_gradient import (
-    _coefficients_kernel,
-    _gradient_kernel,
-    _positives_kernel,
-)
+from kdengine_kernels.similarity_gradient import _gradient_kernel
+from kdengine_kernels.similarity_gradient_vectors import _coefficients_kernel, _positives_kernel
 from kdengine_kernels.similarity_sweep import positives
 from kdengine_kernels.tuning import config
+
+# items of a program
+COEFFICIENTS_BLOCK, POSITIVES_BLOCK = 256, 128
 
 
 class Direction(NamedTuple):
@@ -110,14 +111,18 @@ def gradients(
     left, right, scale = student.matrix
     num_rows, num_cols = len(left), len(right)
     two_phase = two_phase and len(teachers) > 0
-    height = strip_height(left, num_cols, left.itemsize + 4 * two_phase, budget)
-    g = new_strip(left, height, num_cols)
-    targets = new_strip(left, height, num_cols, torch.float32) if two_phase else None
+    in_place = left.dtype == torch.float32
+    row_bytes = left.itemsize + 4 * (two_phase and not in_place)
+    height = strip_height(left, num_cols, row_bytes, budget)
+    g, targets = new_strip(left, height, num_cols), None
+    if two_phase:
+        targets = g if in_place else new_strip(left, height, num_cols, torch.float32)
     flag = torch.zeros(1, dtype=torch.int32, device=left.device)
-    for pull in (student, *teachers):
-        _fill_coefficients(pull, flag)
+    _fill_coefficients(student, teachers[0] if teachers else None, flag)
+    for teacher in teachers[1:]:
+        _fill_coefficients(None, teacher, flag)
     unit = _unit(student, teachers) if left.dtype == torch.float16 else None
-    fixes = _fixes(student, teachers, labels, col_labels)
+    fix = _fixes(student, teachers, labels, col_labels)
     factor = scale.float() if unit is None else scale.float() / unit
     grad_left = torch.empty_like(left if wanted.query else left[:0])
     grad_right = torch.zeros_like(right if wanted.key else right[:0], dtype=torch.float32)
@@ -134,8 +139,7 @@ def gradients(
             _write("dual_gradient", student, teachers[0], None, own, strip)
         else:
             _write("gradient", student, None, None, own, strip)
-        for fix in fixes:
-            fix(own, strip)
+        fix(own, strip)
         if wanted.query or wanted.scale:
             pulled = multiply(own, right).mul_(factor)
             if wanted.query:
@@ -149,21 +153,34 @@ def gradients(
     return grad_left, grad_right.mul_(factor), grad_scale
 
 
-def _fill_coefficients(pull: Pull, flag: Tensor) -> None:
+def _fill_coefficients(student: Pull | None, teacher: Pull | None, flag: Tensor) -> None:
     """Fill in the coefficients of both directions; raise the flag where a statistic is far off."""
-    block = 256
-    for side in (pull.rows, pull.cols):
-        if side is not None:
-            num_items = len(side.lse)
-            _coefficients_kernel[(triton.cdiv(num_items, block),)](
-                side.lse,
-                side.weight,
-                pull.matrix.scale,
-                side.coefficient,
-                flag,
-                num_items,
-                BLOCK=block,
-            )
+    first, second = student or teacher, teacher or student
+    assert first is not None and second is not None
+    num_rows, num_cols, block = len(first.matrix.left), len(first.matrix.right), COEFFICIENTS_BLOCK
+    _coefficients_kernel[(triton.cdiv(num_rows, block) + triton.cdiv(num_cols, block),)](
+        first.matrix.scale,
+        second.matrix.scale,
+        *_vectors(first.rows, flag),
+        *_vectors(first.cols, flag),
+        *_vectors(second.rows, flag),
+        *_vectors(second.cols, flag),
+        flag,
+        num_rows,
+        num_cols,
+        **_flags(student, teacher),
+        BLOCK=block,
+    )
+
+
+def _flags(student: Pull | None, teacher: Pull | None) -> dict[str, bool]:
+    """Who pulls, as the kernels are told."""
+    return {
+        "ROWS": student is not None and student.rows is not None,
+        "COLS": student is not None and student.cols is not None,
+        "SOFT_ROWS": teacher is not None and teacher.rows is not None,
+        "SOFT_COLS": teacher is not None and teacher.cols is not None,
+    }
 
 
 def _unit(student: Pull, teachers: Sequence[Pull]) -> Tensor:
@@ -217,10 +234,7 @@ def _write(
             out.stride(0),
             WIDTH=left.shape[1],
             TEACHER_WIDTH=second.matrix.left.shape[1],
-            ROWS=student is not None and student.rows is not None,
-            COLS=student is not None and student.cols is not None,
-            SOFT_ROWS=teacher is not None and teacher.rows is not None,
-            SOFT_COLS=teacher is not None and teacher.cols is not None,
+            **_flags(student, teacher),
             RESIDUAL=residual is not None,
             UNIT=student is not None and strip.unit is not None,
             EXACT=exact,
@@ -229,11 +243,16 @@ def _write(
             BLOCK_COLS=blocks.cols,
             BLOCK_K=blocks.k,
             GROUP=blocks.group,
+            PIECES=blocks.pieces,
             PRECISION=first.matrix.precision,
             TEACHER_PRECISION=second.matrix.precision,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
+
+
+def _at_positives(side: Direction) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return side.logits, side.positive, side.lse, side.weight
 
 
 def _vectors(side: Direction | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,65 +262,54 @@ def _vectors(side: Direction | None, unused: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _fixes(
     student: Pull, teachers: Sequence[Pull], labels: Tensor, col_labels: Tensor
-) -> list[functools.partial[None]]:
-    """Calls that overwrite the positives of a strip: of its rows, then of its columns."""
-    fixes = []
+) -> functools.partial[None]:
+    """A call that overwrites the positives of a strip: of its rows and of its columns."""
+    vectors: list[Tensor] = []
+    counts = []
     for of_rows in (True, False):
         mine, other = (student.rows, student.cols)[:: 1 if of_rows else -1]
-        own, others = (labels, col_labels)[:: 1 if of_rows else -1]
-        if mine is None:
-            continue
-        logits, lses, weights = [], [], []
-        for matrix, rows, cols in teachers:
+        found = []
+        for matrix, rows, cols in teachers if mine and other else ():
             same, across = (rows, cols)[:: 1 if of_rows else -1]
-            if across is not None and other is not None:
-                if same is None:
-                    logits.append(positives(matrix, own, flip=not of_rows))
-                else:
-                    logits.append(same.logits)
-                lses.append(across.lse)
-                weights.append(across.weight)
-        stacked = [torch.stack(x) if x else mine.lse for x in (logits, lses, weights)]
-        fix = functools.partial(_fix, of_rows, mine, other, own, others, stacked, len(logits))
-        fixes.append(fix)
-    return fixes
+            if across is not None:
+                own = labels if of_rows else col_labels
+                logits = same.logits if same else positives(matrix, own, flip=not of_rows)
+                found.append((logits, across.lse, across.weight))
+        stacked = [x[0] if len(x) == 1 else torch.stack(x) for x in zip(*found, strict=True)]
+        vectors += stacked or [labels] * 3
+        counts.append(len(found))
+    return functools.partial(_fix, student, labels, col_labels, vectors, counts)
 
 
 def _fix(
-    of_rows: bool,
-    mine: Direction,
-    other: Direction | None,
+    student: Pull,
     labels: Tensor,
-    other_labels: Tensor,
+    col_labels: Tensor,
     teachers: Sequence[Tensor],
-    num_teachers: int,
+    num_teachers: Sequence[int],
     out: Tensor,
     strip: Strip,
 ) -> None:
-    block = 128
-    # all columns may have a positive in the strip, but only its own rows
-    first, end = (strip.first, strip.end) if of_rows else (0, len(labels))
-    across = other or mine
-    _positives_kernel[(triton.cdiv(end - first, block),)](
+    rows, cols, block = student.rows, student.cols, POSITIVES_BLOCK
+    num_blocks = triton.cdiv(strip.end - strip.first, block) if rows else 0
+    num_blocks += triton.cdiv(len(col_labels), block) if cols else 0
+    vectors: list[Tensor] = []
+    for own, side in ((labels, rows), (col_labels, cols)):
+        vectors += [own, *([own] * 4 if side is None else _at_positives(side))]
+    _positives_kernel[(num_blocks,)](
         out,
         strip.flag if strip.unit is None else strip.unit,
-        labels,
-        mine.logits,
-        mine.positive,
-        other_labels,
-        across.positive,
-        across.lse,
-        across.weight,
+        *vectors,
         *teachers,
-        first,
         len(labels),
-        len(other_labels),
+        len(col_labels),
         strip.first,
         strip.end,
         out.stride(0),
-        OF_ROWS=of_rows,
-        OTHER=other is not None,
-        NUM_TEACHERS=num_teachers,
+        ROWS=rows is not None,
+        COLS=cols is not None,
+        ROW_TEACHERS=num_teachers[0],
+        COL_TEACHERS=num_teachers[1],
         UNIT=strip.unit is not None,
         BLOCK=block,
     )

@@ -5,7 +5,6 @@ Work: one product a matrix. Memory: the partial sums of a strip of C rows, ``4 C
 tile of columns and ``4 M`` a sum and tile of rows.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,19 +12,19 @@ import triton
 from torch import Tensor
 
 from kdengine_kernels.common import Matrix, has_tma, num_programs
-from kdengine_kernels.similarity_statistics import (
-    _combine_kernel,
-    _positive_kernel,
-    _statistics_kernel,
-)
+from kdengine_kernels.similarity_finalise import _finalise_kernel, _positive_kernel
+from kdengine_kernels.similarity_statistics import _statistics_kernel
 from kdengine_kernels.tuning import Config, config
+
+# items of a program, partial sums that it reads at once, features at once
+FINALISE = {"BLOCK": 64, "BLOCK_PARTS": 32, "BLOCK_K": 64}
 
 
 class Side(NamedTuple):
     """Where a sweep leaves what it finds of the rows, or of the columns.
 
     Attributes:
-        labels: number of each item's positive, int32.
+        labels: number of each item's positive, int64.
         student: (2 + means, n), or None where the sweep leaves the student out.
         teacher: (4, n), or None where it leaves the teacher out.
     """
@@ -62,11 +61,18 @@ class Sweep(NamedTuple):
     kept: tuple[Tensor, Tensor] | None
     flag: Tensor
 
-    def outputs(self, side: Side) -> Iterator[tuple[Tensor, Matrix]]:
-        """Where the sums of a side go, in their order, and the matrix that they are of."""
-        for out, matrix in ((side.student, self.student), (side.teacher, self.teacher)):
-            if out is not None and matrix is not None:
-                yield out, matrix
+    @property
+    def flags(self) -> dict[str, bool | int]:
+        """Which statistics are wanted, as the kernels are told."""
+        return {
+            "ROWS": self.rows.student is not None,
+            "COLS": self.cols.student is not None,
+            "SOFT_ROWS": self.rows.teacher is not None,
+            "SOFT_COLS": self.cols.teacher is not None,
+            "MEANS": any(
+                x is not None and len(x) == 3 for x in (self.rows.student, self.cols.student)
+            ),
+        }
 
 
 def sweep(
@@ -113,14 +119,7 @@ def sweep(
             end = min(first + height, num_rows)
             num_row_tiles = triton.cdiv(end - first, blocks.rows)
             _reduce_tiles(run, first, end, num_row_tiles * num_col_tiles, online)
-            _combine(run, rows, run.row_parts, num_col_tiles, (first, end), online)
-            ends = (first == 0, end == num_rows)
-            _combine(run, cols, run.col_parts, num_row_tiles, (0, num_cols), online, *ends)
-    if flag is not None:
-        return
-    for side, flip in ((rows, False), (cols, True)):
-        for out, matrix in run.outputs(side):
-            out[1] = positives(matrix, side.labels, flip=flip)
+            finalise(run, first, end, num_row_tiles, online)
 
 
 def positives(matrix: Matrix, labels: Tensor, *, flip: bool) -> Tensor:
@@ -170,11 +169,7 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
         0 if logits is None else logits[0].stride(0),
         WIDTH=student.left.shape[1],
         TEACHER_WIDTH=second.left.shape[1],
-        ROWS=rows.student is not None,
-        COLS=cols.student is not None,
-        SOFT_ROWS=rows.teacher is not None,
-        SOFT_COLS=cols.teacher is not None,
-        MEANS=any(x is not None and len(x) == 3 for x in (rows.student, cols.student)),
+        **run.flags,
         KEEP=logits is not None,
         ONLINE=online,
         TMA=has_tma(student.left.device),
@@ -189,38 +184,51 @@ def _reduce_tiles(run: Sweep, first: int, end: int, num_tiles: int, online: bool
     )
 
 
-def _combine(
-    run: Sweep,
-    side: Side,
-    parts: Tensor,
-    num_parts: int,
-    items: tuple[int, int],
-    online: bool,
-    is_first: bool = True,
-    is_last: bool = True,
-) -> None:
-    """Add up the partial sums of some items; with ``is_last`` finish their statistics."""
-    first, end = items
-    done, block = 0, 64
-    for out, matrix in run.outputs(side):
-        sums, running = parts[done:], run.running[done:]
-        done += len(out)
-        _combine_kernel[(triton.cdiv(end - first, block),)](
-            sums,
-            running,
-            out[:, first:],
-            matrix.scale,
-            run.flag,
-            num_parts,
-            end - first,
-            parts.stride(0),
-            parts.stride(1),
-            run.running.stride(0),
-            out.stride(0),
-            NUM_WEIGHTED=len(out) - 2,
-            FIRST=is_first,
-            LAST=is_last,
-            ONLINE=online,
-            BLOCK_PARTS=32,
-            BLOCK=block,
-        )
+def finalise(run: Sweep, first: int, end: int, num_row_tiles: int, online: bool) -> None:
+    """Statistics of rows first..end, and after the last of them those of the columns."""
+    student, rows, cols = run.student, run.rows, run.cols
+    second = run.teacher or student
+    num_rows, num_cols, block = end - first, len(student.right), FINALISE["BLOCK"]
+    outputs = [
+        run.running if out is None else out[:, part]
+        for side, part in ((rows, slice(first, end)), (cols, slice(None)))
+        for out in (side.student, side.teacher)
+    ]
+    row_out, teacher_row_out, col_out, teacher_col_out = outputs
+    num_blocks = triton.cdiv(num_rows, block) * (rows.num_sums > 0)
+    num_blocks += triton.cdiv(num_cols, block) * (cols.num_sums > 0)
+    _finalise_kernel[(num_blocks,)](
+        run.row_parts,
+        run.col_parts,
+        run.running,
+        row_out,
+        col_out,
+        teacher_row_out,
+        teacher_col_out,
+        *student,
+        *second,
+        rows.labels,
+        cols.labels,
+        run.flag,
+        first,
+        num_rows,
+        len(student.left),
+        num_cols,
+        run.row_parts.shape[1],
+        num_row_tiles,
+        run.row_parts.stride(1),
+        run.row_parts.stride(0),
+        run.col_parts.stride(1),
+        run.col_parts.stride(0),
+        row_out.stride(0),
+        col_out.stride(0),
+        teacher_row_out.stride(0),
+        teacher_col_out.stride(0),
+        WIDTH=student.left.shape[1],
+        TEACHER_WIDTH=second.left.shape[1],
+        **run.flags,
+        FIRST=first == 0,
+        LAST=end == len(student.left),
+        ONLINE=online,
+        **FINALISE,
+    )

@@ -10,8 +10,16 @@ from torch import Tensor
 
 from kdengine import losses, reference
 from kdengine.ops import _backend, gradient, set_workspace
+from kdengine_kernels import similarity as kernels
 
 MIB = 2**20
+
+
+@pytest.fixture(params=["G1", "G2"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Strips of gradients in one phase, or in two, whatever the table says."""
+    monkeypatch.setattr(kernels, "two_phase", lambda *_: request.param == "G2")
+    return request.param
 
 
 def unit(rows: int, width: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -38,6 +46,41 @@ def step(rows: int, width: int, scale: float = 14.3) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (x, y, s)), x.detach(), y.detach(), u, v]
 
 
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("width", "teacher_width"), [(512, 768), (768, 512), (1024, 1024)])
+def test_variants_are_accurate(
+    width: int, teacher_width: int, dtype: torch.dtype, scale: float, variant: str
+) -> None:
+    """A student close to its teacher, where student and teacher nearly cancel."""
+    rows = 1500
+    u, v = (unit(rows, teacher_width, seed, dtype) for seed in (2, 3))
+    near = unit(teacher_width, width, 4, torch.float32)
+    x, y = (
+        F.normalize(w.float() @ near + 0.1 * unit(rows, width, seed, torch.float32), dim=1)
+        for w, seed in ((u, 0), (v, 1))
+    )
+    x, y = (w.to(dtype).requires_grad_() for w in (x, y))
+    weights = {"soft_rows": 0.7, "soft_cols": 0.4, "hard_rows": 0.2}
+
+    def gradients(function, dtype: torch.dtype | None, **options: str) -> list[Tensor]:
+        leaves = [w.detach().to(dtype or w.dtype).requires_grad_() for w in (x, y)]
+        teacher = {"teacher_query": u, "teacher_key": v, "teacher_scale": scale}
+        if dtype:
+            teacher |= {name: teacher[name].to(dtype) for name in ("teacher_query", "teacher_key")}
+        loss = function(*leaves, scale, **teacher, **weights, **options)
+        # float16 holds gradients of this size
+        found = torch.autograd.grad(rows * loss, leaves)
+        return [loss.detach().double(), *(g.double() for g in found)]
+
+    truth = gradients(reference.similarity_loss, torch.float64)
+    ours = gradients(losses.similarity_loss, None, backend="triton")
+    limit = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-4}[dtype]
+    assert (ours[0] - truth[0]).abs() <= 1e-5 * max(1.0, truth[0].item())
+    for g, true_g in zip(ours[1:], truth[1:], strict=True):
+        assert (g - true_g).norm() <= limit * true_g.norm()
+
+
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The workspace of the low memory mode."""
@@ -47,12 +90,12 @@ def small_workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("width", [512, 640, 768, 1000])
-def test_two_runs_are_equal_to_the_last_bit(width: int) -> None:
+def test_two_runs_are_equal_to_the_last_bit(width: int, variant: str) -> None:
     first, second = step(5000, width), step(5000, width)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_uninitialised_memory_is_never_read() -> None:
+def test_uninitialised_memory_is_never_read(variant: str) -> None:
     plain = step(3001, 512)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -64,7 +107,7 @@ def test_uninitialised_memory_is_never_read() -> None:
     assert all(torch.equal(x, y) for x, y in zip(plain, poisoned, strict=True))
 
 
-def test_strips_change_little(small_workspace: int) -> None:
+def test_strips_change_little(small_workspace: int, variant: str) -> None:
     """Strips of 64 MiB add up in another order."""
     low = step(16384, 512)
     set_workspace(640 * MIB)
@@ -72,7 +115,7 @@ def test_strips_change_little(small_workspace: int) -> None:
         assert (x.double() - y.double()).norm() <= 1e-3 * y.double().norm()
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits(variant: str) -> None:
     """At 65536 rows the matrix has 2^32 cells; the last rows against the dense loss in float64."""
     rows = 65536
     loss, grad_query, _, _, x, y, u, v = step(rows, 256)
@@ -96,7 +139,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("low_memory", [False, True], ids=["sum on top", "low memory"])
 @pytest.mark.parametrize("num_bytes", [64 * MIB, 640 * MIB], ids=["64 MiB", "640 MiB"])
 def test_peak_memory_is_the_workspace(
-    monkeypatch: pytest.MonkeyPatch, num_bytes: int, low_memory: bool
+    monkeypatch: pytest.MonkeyPatch, num_bytes: int, low_memory: bool, variant: str
 ) -> None:
     rows, width = 32768, 512
     monkeypatch.setattr(_backend, "WORKSPACE", dict(_backend.WORKSPACE))

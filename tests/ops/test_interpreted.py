@@ -39,6 +39,13 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["G1", "G2"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Strips of gradients in one phase, or in two, whatever the table says."""
+    monkeypatch.setattr(kernels, "two_phase", lambda *_: request.param == "G2")
+    return request.param
+
+
 def unit(rows: int, width: int) -> Tensor:
     return F.normalize(torch.randn(rows, width, dtype=torch.float64), dim=1)
 
@@ -116,7 +123,9 @@ def assert_accurate(p: dict[str, Any], dtype: torch.dtype, least: float = 0.0) -
 @pytest.mark.parametrize("scale", [1e-3, 14.0, 100.0], ids="scale={}".format)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_terms_and_gradients_equal_the_oracle(shape: tuple, dtype: Any, scale: float) -> None:
+def test_terms_and_gradients_equal_the_oracle(
+    shape: tuple, dtype: Any, scale: float, variant: str
+) -> None:
     assert_accurate(problem(*shape, scale), dtype)
 
 
@@ -147,7 +156,7 @@ def uniform_teacher() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "make", [duplicates, negated_towers, one_hot_teacher, uniform_teacher], ids=lambda f: f.__name__
 )
-def test_ugly_features(make: Any, dtype: torch.dtype) -> None:
+def test_ugly_features(make: Any, dtype: torch.dtype, variant: str) -> None:
     p = make()
     # every row of G holds weights of both signs that sum to about 1 / B
     assert_accurate(p, dtype, least=p["scale"] / len(p["query"]) ** 0.5)
@@ -161,7 +170,7 @@ def test_rows_of_a_strip_are_aligned(num_cols: int) -> None:
         assert strip.stride(0) * strip.itemsize % 16 == 0 and strip.stride(0) < num_cols + 16
 
 
-def test_few_programs_repeat_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_programs_repeat_many_tiles(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     """Where a flag is up, each program of the repetition loops over its tiles."""
     monkeypatch.setattr(common, "num_processors", lambda _: 1)
     cpu = torch.device("cpu")
@@ -173,7 +182,9 @@ def test_few_programs_repeat_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_student_that_equals_its_teacher_has_nothing_to_learn(dtype: torch.dtype) -> None:
+def test_student_that_equals_its_teacher_has_nothing_to_learn(
+    dtype: torch.dtype, variant: str
+) -> None:
     p = rounded(problem(96, 96, 32, 32, 14.0), dtype)
     p |= {"teacher_query": p["query"], "teacher_key": p["key"], "teacher_scale": 14.0}
     query = p["query"].clone().requires_grad_()
@@ -256,7 +267,7 @@ def test_statistics_of_every_side_equal_those_in_float64(flags: dict, num_teache
 @pytest.mark.parametrize(
     "names", [("query",), ("key",), ("scale",), ("key", "scale")], ids="-".join
 )
-def test_each_gradient_alone(names: tuple[str, ...]) -> None:
+def test_each_gradient_alone(names: tuple[str, ...], variant: str) -> None:
     # strips run along the rows whatever is needed
     p = single(raw_problem(50, 40))
     together = statistics(p, ("query", "key", "scale"), backend="triton", **SIDES["all"])
@@ -304,28 +315,28 @@ def test_rows_against_constant_keys_take_one_sweep(
         assert (x.double() - true_x)[finite].norm() <= 2 * tolerance * size, (x, true_x)
 
 
-@pytest.mark.parametrize("two_phase", [False, True], ids=["one phase", "two phases"])
-def test_strips_and_variants_change_nothing(monkeypatch: Any, two_phase: bool) -> None:
+def test_strips_and_variants_change_nothing(monkeypatch: Any, variant: str) -> None:
     p = single(raw_problem(300, 90), 1)
     names = ("query", "key", "scale")
-    whole = statistics(p, names, backend="triton", **SIDES["all"])
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "two_phase", lambda *_: False)
+        whole = statistics(p, names, backend="triton", **SIDES["all"])
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
-    monkeypatch.setattr(kernels, "two_phase", lambda *_: two_phase)
     for x, true_x in zip(
         statistics(p, names, backend="triton", **SIDES["all"]), whole, strict=True
     ):
         torch.testing.assert_close(x, true_x, rtol=2e-6, atol=2e-5)
 
 
-def test_two_runs_are_equal_to_the_last_bit() -> None:
-    p = single(raw_problem(130, 90))
+def test_two_runs_are_equal_to_the_last_bit(variant: str) -> None:
+    p = single(raw_problem(130, 90), 1)
     names = ("query", "key", "scale")
     first, second = (statistics(p, names, backend="triton", **SIDES["all"]) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_uninitialised_memory_is_never_read() -> None:
-    p = single(raw_problem(63, 65))
+def test_uninitialised_memory_is_never_read(variant: str) -> None:
+    p = single(raw_problem(63, 65), 1)
     names = ("query", "key", "scale")
     plain = statistics(p, names, backend="triton", **SIDES["all"])
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -383,6 +394,71 @@ def test_float64_is_refused_by_name() -> None:
     x = unit(4, 3)
     with pytest.raises(RuntimeError, match="'triton' was asked for, but .*float64"):
         losses.similarity_loss(x, x, 10.0, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("width", "teachers", "itemsize", "expected"),
+    [
+        (512, [], 2, False),
+        (512, [768], 2, True),
+        (640, [512], 2, True),
+        (512, [1024], 2, False),
+        (2048, [512], 2, False),
+        (512, [768], 4, False),
+        (1024, [1024, 1024], 4, True),
+    ],
+)
+def test_the_table_of_variants(
+    width: int, teachers: list[int], itemsize: int, expected: bool
+) -> None:
+    assert tuning.two_phase(width, teachers, itemsize, True) is expected
+    # a second teacher has no other way
+    assert tuning.two_phase(width, teachers, itemsize, False) is (len(teachers) > 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "num_bytes", "expected"),
+    [(32768, 32768, 640 << 20, True), (32768, 131072, 640 << 20, False)]
+    + [(32768, 32768, 64 << 20, False), (300, 300, 4 << 20, True), (300, 3000, 1 << 20, False)],
+)
+def test_two_phases_need_room_for_a_strip_of_targets(
+    rows: int, cols: int, num_bytes: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Chosen(Exception):
+        pass
+
+    def stop(*_: Any, two_phase: bool, **__: Any) -> Any:
+        raise Chosen(two_phase)
+
+    monkeypatch.setattr(kernels, "gradients", stop)
+    low = {"dtype": torch.float16, "device": "cpu"}
+    query, key = torch.empty(rows, 512, **low), torch.empty(cols, 512, **low)
+    stats = [
+        torch.empty(2, rows),
+        torch.empty(2, cols),
+        torch.empty(1, 4, rows),
+        torch.empty(1, 4, cols),
+    ]
+    labels = torch.zeros(rows, dtype=torch.int64), torch.zeros(cols, dtype=torch.int64)
+    scales = torch.ones(()), torch.ones(1)
+    with pytest.raises(Chosen) as found:
+        kernels.backward(
+            stats,
+            query,
+            key,
+            scales[0],
+            *labels,
+            [query],
+            [key],
+            scales[1],
+            stats,
+            torch.empty(0),
+            True,
+            True,
+            True,
+            num_bytes,
+        )
+    assert found.value.args == (expected,)
 
 
 def test_no_entry_of_the_table_is_for_an_unknown_kernel() -> None:

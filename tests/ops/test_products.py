@@ -14,7 +14,7 @@ from kdengine import losses
 from kdengine.methods import ClipKD
 from kdengine.models import Features
 from kdengine.ops import _backend, similarity_blocks
-from kdengine_kernels import similarity_attend, similarity_strips, similarity_sweep
+from kdengine_kernels import similarity, similarity_attend, similarity_strips, similarity_sweep
 
 SIZE, WIDTH = 256, 32
 UNIT = 2 * SIZE * SIZE * WIDTH
@@ -97,6 +97,14 @@ def test_products_of_a_loss(
     assert count(counter, backend, loss) == pytest.approx(expected)
 
 
+@interpreted
+def test_two_phases_make_no_product_more(
+    counter: Any, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "two_phase", lambda *_: True)
+    assert count(counter, "triton", "InfoNCE + CRD") == pytest.approx(6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("loss", "expected"), [("rows", 3), ("rows of a teacher", 4), ("rows, constant keys", 2)]
@@ -151,6 +159,7 @@ def test_low_memory_makes_each_matrix_once_more(
 ) -> None:
     # blocks of half of the columns, which the tiles with a teacher divide
     monkeypatch.setattr(similarity_blocks, "ROUND", 128)
+    monkeypatch.setattr(similarity, "two_phase", lambda *_: False)
     monkeypatch.setattr(_backend, "WORKSPACE", {"cpu": 64 << 10, "low_memory": True})
     assert count(counter, backend, loss, torch.float16) == pytest.approx(expected)
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss launches on a GPU, counted in the interpreter: the cost of small batches."""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime import interpreter
+
+from kdengine import losses
+from kdengine.ops import _backend
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+# numpy's, where a discarded branch of a kernel overflows
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+# what a GPU does nothing for
+FREE = {"detach", "view", "_unsafe_view", "expand", "select", "slice", "transpose", "t", "alias"}
+FREE |= {"unsqueeze", "unbind", "empty", "new_empty", "empty_like", "as_strided", "permute", "mT"}
+FREE |= {"promote_types", "scalar_tensor", "reshape", "is_same_size"}
+PRODUCTS = ("mm", "addmm_", "addmm")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of torch that work on a tensor with elements."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        unchanged = isinstance(out, Tensor) and any(out is x for x in args)
+        if func.namespace != "aten" or name in FREE or (unchanged and not name.endswith("_")):
+            return out
+        if not isinstance(out, Tensor) or out.numel():
+            self.counts[name] += 1
+        return out
+
+
+@contextlib.contextmanager
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Counts by kernel, and by operation of torch, also inside of the ops."""
+    counts: Counter[str] = Counter()
+    execute, running = interpreter.GridExecutor.__call__, _backend.running
+    mode = Operations(counts)
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        # the interpreter copies its arguments
+        with _disable_current_modes():
+            return execute(self, *args, **options)
+
+    @contextlib.contextmanager
+    def inside(x: Tensor) -> Iterator[None]:
+        # a mode does not see into a custom op
+        with running(x), mode:
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", call)
+        patch.setattr(_backend, "running", inside)
+        with mode:
+            yield counts
+
+
+@pytest.mark.parametrize("with_teacher", [False, True], ids=["InfoNCE", "InfoNCE + CRD"])
+def test_launches_of_a_loss_and_its_gradients(
+    with_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, u, v = (F.normalize(torch.randn(128, 32), dim=1) for _ in range(4))
+    leaves = [w.requires_grad_() for w in (x, y, torch.tensor(14.3))]
+    options: dict[str, Any] = {"backend": "triton"}
+    if with_teacher:
+        options |= {"teacher_query": u, "teacher_key": v, "teacher_scale": torch.tensor(50.0)}
+        options |= {"soft_rows": 0.5, "soft_cols": 0.5}
+    with launches(monkeypatch) as counts:
+        loss = losses.similarity_loss(*leaves, **options)
+    kernels = {name: n for name, n in counts.items() if name.endswith("_kernel")}
+    # two of each: one is the repetition, which returns at once
+    assert kernels == {
+        "_statistics_kernel": 2,
+        "_finalise_kernel": 2,
+        "_terms_forward_kernel": 1,
+    }
+    assert sum(counts.values()) - 5 <= 12, counts
+    with launches(monkeypatch) as counts:
+        torch.autograd.grad(loss, leaves)
+    kernels = {name: n for name, n in counts.items() if name.endswith("_kernel")}
+    assert kernels == {
+        "_terms_backward_kernel": 1,
+        "_coefficients_kernel": 1,
+        "_gradient_kernel": 2,
+        "_positives_kernel": 1,
+    }
+    assert sum(counts[name] for name in PRODUCTS) == 2
+    assert sum(counts.values()) - 7 <= 22, counts
