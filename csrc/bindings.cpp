@@ -9,13 +9,10 @@ using namespace kdengine;
 
 template <typename Place>
 void bind_ops(py::module_& m) {
-  m.def(
-      "feature_forward",
-      py::overload_cast<const Matrix&, const Matrix&, const Matrix&, bool, Place>(&feature_forward),
-      py::call_guard<py::gil_scoped_release>());
-  m.def("feature_backward",
-        py::overload_cast<const Matrix&, const Matrix&, const Matrix&, const Matrix&, bool, Place>(
-            &feature_backward),
+  using In = const Matrix&;
+  m.def("feature_forward", py::overload_cast<In, In, In, In, bool, Place>(&feature_forward),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("feature_backward", py::overload_cast<In, In, In, In, In, bool, Place>(&feature_backward),
         py::call_guard<py::gil_scoped_release>());
 }
 

@@ -35,30 +35,34 @@ Pair<S, T, OneLane<R>, 0> pair_of(const Matrix& student, const Matrix& teacher, 
 }  // namespace
 
 void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     bool normalize, Cpu cpu) {
-  check_feature(student, teacher, distance);
+                     const Matrix& unit, bool normalize, Cpu cpu) {
+  check_feature(student, teacher, distance, unit);
   with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;
     using R = decltype(number);
+    S* const units = is_absent(unit) ? nullptr : static_cast<S*>(unit.data);
 #pragma omp parallel for num_threads(cpu.threads)
     for (int64_t row = 0; row < student.rows; ++row)
       static_cast<R*>(distance.data)[row] =
-          row_distance(pair_of<S, T, R>(student, teacher, row), normalize);
+          row_distance(pair_of<S, T, R>(student, teacher, row), normalize,
+                       row_of(units, row, unit.stride), false);
   });
 }
 
-void feature_backward(const Matrix& grad, const Matrix& student, const Matrix& teacher,
-                      const Matrix& out, bool normalize, Cpu cpu) {
-  check_feature(student, teacher, grad);
+void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
+                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu) {
+  check_feature(student, teacher, grad, grad_unit);
   with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;
     using R = decltype(number);
+    const S* const more = is_absent(grad_unit) ? nullptr : static_cast<const S*>(grad_unit.data);
 #pragma omp parallel for num_threads(cpu.threads)
     for (int64_t row = 0; row < student.rows; ++row)
       row_gradient(pair_of<S, T, R>(student, teacher, row), static_cast<const R*>(grad.data)[row],
-                   normalize, static_cast<S*>(out.data) + row * out.stride, false);
+                   row_of(more, row, grad_unit.stride), normalize,
+                   static_cast<S*>(out.data) + row * out.stride, false);
   });
 }
 

@@ -3,7 +3,7 @@
 //
 //   distance_i = ||x_i - u_i||^2,   x = student / max(||student||, 1e-12), u likewise
 //
-// With g the upstream gradient of distance_i and p = 2 g (x - u):
+// With g the upstream gradient of distance_i and w that of x_i, p = 2 g (x - u) + w:
 //
 //   d student_i = (p - x (x . p)) / ||student_i||
 //
@@ -17,22 +17,28 @@
 
 namespace kdengine {
 
+// `unit`, the x_i, and `grad_unit`, the w, have the student's type and shape, or no rows at all.
 void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     bool normalize, Cpu cpu);
-void feature_backward(const Matrix& grad, const Matrix& student, const Matrix& teacher,
-                      const Matrix& out, bool normalize, Cpu cpu);
+                     const Matrix& unit, bool normalize, Cpu cpu);
+void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
+                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu);
 void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     bool normalize, Cuda cuda);
-void feature_backward(const Matrix& grad, const Matrix& student, const Matrix& teacher,
-                      const Matrix& out, bool normalize, Cuda cuda);
+                     const Matrix& unit, bool normalize, Cuda cuda);
+void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
+                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cuda cuda);
 
 // student, teacher: [B, E]; per_row, one number a row: [1, B] float32 (float64 on the host)
-inline void check_feature(const Matrix& student, const Matrix& teacher, const Matrix& per_row) {
+inline void check_feature(const Matrix& student, const Matrix& teacher, const Matrix& per_row,
+                          const Matrix& like_student) {
   expect(student.rows == teacher.rows && student.cols == teacher.cols,
          "feature: expected student and teacher of one shape (B, E); ", shape_of(student), " and ",
          shape_of(teacher), " came");
   expect(per_row.rows == 1 && per_row.cols == student.rows, "feature: expected (1, ", student.rows,
          ") numbers, one a row; ", shape_of(per_row), " came");
+  const bool fits = like_student.rows == student.rows && like_student.cols == student.cols;
+  expect(is_absent(like_student) || (fits && like_student.dtype == student.dtype),
+         "feature: expected unit rows like the student, ", shape_of(student), "; ",
+         shape_of(like_student), " came");
 }
 
 // as torch.nn.functional.normalize: shorter rows are divided by this
@@ -84,11 +90,17 @@ struct Pair {
   // sum over the whole row of f(x, u), known to all lanes
   template <typename F>
   KD_HD R sum(F&& f) const {
-    R part[8] = {};
-    visit([&](int64_t, const R(&a)[8], const R(&b)[8]) {
+    return sum_pieces([&](int64_t, const R(&a)[8], const R(&b)[8], R(&part)[8]) {
       KD_UNROLL
       for (int i = 0; i < 8; ++i) part[i] += f(a[i], b[i]);
     });
+  }
+
+  // the same of what f(k, x, u, part) adds to the eight parts
+  template <typename F>
+  KD_HD R sum_pieces(F&& f) const {
+    R part[8] = {};
+    visit([&](int64_t k, const R(&a)[8], const R(&b)[8]) { f(k, a, b, part); });
     return lanes.sum(((part[0] + part[1]) + (part[2] + part[3])) +
                      ((part[4] + part[5]) + (part[6] + part[7])));
   }
@@ -116,38 +128,57 @@ KD_HD Norms<typename P::R> norms(const P& pair, bool normalize) {
   return {1 / bounded(length), 1 / bounded(other), length};
 }
 
-template <typename P>
-KD_HD typename P::R row_distance(const P& pair, bool normalize) {
+// The unit rows go to `unit`, unless it is null.
+template <typename P, typename S>
+KD_HD typename P::R row_distance(const P& pair, bool normalize, S* unit, bool aligned) {
   using R = typename P::R;
   const Norms<R> norm = norms(pair, normalize);
+  if (unit) {
+    pair.visit([&](int64_t k, const R(&a)[8], const R(&)[8]) {
+      R x[8];
+      KD_UNROLL
+      for (int i = 0; i < 8; ++i) x[i] = a[i] * norm.student;
+      store8(unit + pair.at(k), pair.count(k), aligned, x);
+    });
+  }
   return pair.sum([&](R a, R b) {
     const R apart = a * norm.student - b * norm.teacher;
     return apart * apart;
   });
 }
 
+// `more`: gradient of the unit row, or null.
 template <typename P, typename S>
-KD_HD void row_gradient(const P& pair, typename P::R grad, bool normalize, S* out, bool aligned) {
+KD_HD void row_gradient(const P& pair, typename P::R grad, const S* more, bool normalize, S* out,
+                        bool aligned) {
   using R = typename P::R;
   const Norms<R> norm = norms(pair, normalize);
   const R up = 2 * grad;
+  const auto pull = [&](int64_t k, const R(&a)[8], const R(&b)[8], R(&p)[8]) {
+    R w[8] = {};
+    if (more) load8(more + pair.at(k), pair.count(k), aligned, w);
+    KD_UNROLL
+    for (int i = 0; i < 8; ++i) p[i] = up * (a[i] * norm.student - b[i] * norm.teacher) + w[i];
+  };
   R radial = 0;
   // only the part across the row survives, unless its length was bounded
   if (normalize && norm.length > R(kMinNorm)) {
-    radial = pair.sum([&](R a, R b) {
-      const R unit = a * norm.student;
-      return unit * (up * (unit - b * norm.teacher));
+    radial = pair.sum_pieces([&](int64_t k, const R(&a)[8], const R(&b)[8], R(&part)[8]) {
+      R p[8];
+      pull(k, a, b, p);
+      KD_UNROLL
+      for (int i = 0; i < 8; ++i) part[i] += a[i] * norm.student * p[i];
     });
   }
   pair.visit([&](int64_t k, const R(&a)[8], const R(&b)[8]) {
-    R g[8];
-    KD_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const R unit = a[i] * norm.student, pull = up * (unit - b[i] * norm.teacher);
-      // without a norm no product with 0, which would make infinity none
-      g[i] = normalize ? (pull - radial * unit) * norm.student : pull;
+    R p[8];
+    pull(k, a, b, p);
+    // without a norm no product with 0, which would make infinity none
+    if (normalize) {
+      KD_UNROLL
+      for (int i = 0; i < 8; ++i) p[i] = (p[i] - radial * (a[i] * norm.student)) * norm.student;
     }
-    store8(out + pair.at(k), pair.count(k), aligned, g);
+    store8(out + pair.at(k), pair.count(k), aligned, p);
   });
 }
 

@@ -25,6 +25,15 @@ struct Matrix {
   Dtype dtype;
 };
 
+// Of an input or result that a call leaves out.
+inline bool is_absent(const Matrix& x) { return x.rows == 0 || x.cols == 0; }
+
+// Row `row`, or null where the matrix is absent.
+template <typename T>
+KD_HD T* row_of(T* data, int64_t row, int64_t stride) {
+  return data ? data + row * stride : nullptr;
+}
+
 inline std::string shape_of(const Matrix& x) {
   std::ostringstream text;
   text << "(" << x.rows << ", " << x.cols << ") " << name_of(x.dtype);

@@ -228,6 +228,47 @@ def test_one_teacher_is_bit_for_bit_itself(width: int, how: str) -> None:
     assert torch.equal(found["afd"], losses.augmented_feature(*normal[:2], *fused))
 
 
+def normalisations(loss: Tensor) -> int:
+    """Backwards through an L2 normalisation that the gradient of a loss runs."""
+    nodes, seen, count = [loss.grad_fn], set(), 0
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        count += any(word in type(node).__name__ for word in ("VectorNorm", "feature_forward"))
+        nodes += [following for following, _ in node.next_functions]
+    return count
+
+
+@pytest.mark.parametrize(
+    ("width", "weights", "expected"),
+    [
+        # image and text
+        (5, {}, 2),
+        (5, {"gd": 1.0}, 2),
+        (5, {"fd": 0.0, "gd": 1.0}, 2),
+        # and of those behind the heads
+        (7, {"gd": 1.0}, 4),
+        # and of the fused ones
+        (5, {"gd": 1.0, "afd": 1.0}, 4),
+        (7, {"gd": 1.0, "afd": 1.0}, 6),
+    ],
+)
+def test_gradients_go_through_each_normalisation_once(
+    width: int, weights: dict[str, float], expected: int
+) -> None:
+    method = ClipKD(5, [width], **weights).double()
+    terms = method(leaves(features(5)), teachers_of([width]))
+    assert normalisations(total(terms, method.weights)) == expected
+
+
+def test_a_masked_image_has_a_normalisation_of_its_own() -> None:
+    method, masked = ClipKD(5, [5], mask_ratio=0.5).double(), features(5, seed=9).image
+    terms = method(leaves(features(5)), teachers_of([5]), masked.clone().requires_grad_())
+    assert normalisations(total(terms, method.weights)) == 3
+
+
 def test_the_mean_of_a_teacher_twice_is_the_teacher_once() -> None:
     torch.manual_seed(0)
     once = ClipKD(8, [8], **WEIGHTS).double()

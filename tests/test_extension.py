@@ -75,13 +75,15 @@ def test_a_wrong_setting_of_the_build_is_refused(
 
 @BUILT
 def test_a_wrong_shape_is_refused_by_the_extension() -> None:
-    x = torch.zeros(3, 4)
+    x, none = torch.zeros(3, 4), torch.empty(0)
     with pytest.raises(ValueError, match=r"one shape \(B, E\); \(3, 4\) float32 and \(3, 5\)"):
-        extension.call("feature_forward", x, torch.zeros(3, 5), torch.zeros(3), False)
+        extension.call("feature_forward", x, torch.zeros(3, 5), torch.zeros(3), none, False)
     with pytest.raises(ValueError, match=r"expected \(1, 3\) numbers, one a row; \(1, 2\)"):
-        extension.call("feature_forward", x, x, torch.zeros(2), False)
+        extension.call("feature_forward", x, x, torch.zeros(2), none, False)
     with pytest.raises(ValueError, match=r"float32, bfloat16 or float16; \(3, 4\) float64 came"):
-        extension.call("feature_forward", x.double(), x, torch.zeros(3), False)
+        extension.call("feature_forward", x.double(), x, torch.zeros(3), none, False)
+    with pytest.raises(ValueError, match=r"like the student, \(3, 4\) float32; \(3, 4\) float64"):
+        extension.call("feature_forward", x, x, torch.zeros(3), x.double(), False)
 
 
 def test_a_missing_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ REGISTERS = {
     "forward_kernel 0": 40,
     "backward_kernel 0": 40,
     # rows in registers: 2 blocks
-    "forward_kernel 4": 96,
-    "backward_kernel 4": 96,
+    "forward_kernel 4": 128,
+    "backward_kernel 4": 128,
 }
 
 

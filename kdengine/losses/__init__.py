@@ -4,6 +4,7 @@
 from kdengine.losses.clip import ClipLoss, DistillClipLoss
 from kdengine.losses.ensemble import ensemble, ensemble_width
 from kdengine.losses.gradients import gradient
+from kdengine.losses.inputs import unit_rows
 from kdengine.losses.named import (
     augmented_feature,
     cluster_cross_entropy,
@@ -13,6 +14,7 @@ from kdengine.losses.named import (
     info_nce,
     interactive_contrastive,
     logit_kl,
+    unit_feature,
 )
 from kdengine.losses.similarity import (
     SimilarityTerms,
@@ -39,4 +41,6 @@ __all__ = [
     "similarity_loss",
     "similarity_lse",
     "similarity_terms",
+    "unit_feature",
+    "unit_rows",
 ]

@@ -56,9 +56,8 @@ def check_features(
     is_double = any(x.dtype == torch.float64 for x in everything)
     dtype = torch.float64 if is_double else torch.float32
     if normalize:
-        query, key = (_unit_rows(x, dtype) for x in (query, key))
-        queries = [_unit_rows(x, dtype) for x in queries]
-        keys = [_unit_rows(x, dtype) for x in keys]
+        query, key = unit_rows(query), unit_rows(key)
+        queries, keys = ([unit_rows(x) for x in found] for found in (queries, keys))
     number = check_scale(who, "scale", scale, query.device).to(dtype)
     numbers = [check_scale(who, "teacher_scale", r, query.device).to(dtype) for r in scales]
     for number_k in numbers:
@@ -67,13 +66,16 @@ def check_features(
     return Features(query, key, number, queries, keys, stacked.detach(), dtype)
 
 
-def _unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of length 1, from norms in the losses' dtype.
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1, from norms in float32 at least.
 
     They are rounded to the dtype they came in, so that products of low precision features run at
-    the speed of that precision.
+    the speed of that precision. Losses that share rows share one normalisation by it: normalise
+    once, and leave out ``normalize``.
+
+    Shapes: (N, D), both. Gradients: x.
     """
-    return F.normalize(x.to(dtype), dim=1).to(x.dtype)
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1).to(x.dtype)
 
 
 def check_pair(who: str, left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:

@@ -16,6 +16,7 @@ from kdengine.losses.inputs import Scale, Teachers, TeacherScales
 from kdengine.losses.rows import row_loss
 from kdengine.losses.similarity import similarity_loss
 from kdengine.ops import feature as feature_op
+from kdengine.ops import unit_feature as unit_feature_op
 
 
 def info_nce(
@@ -270,7 +271,33 @@ def feature(
     Raises: ValueError for unequal shapes, no rows, another reduction, a teacher with a gradient.
     Source: CLIP-KD eq. 11 prints ``"sum"``; its code and tables use ``"mean"``.
     """
-    who = "feature"
+    width = _check_feature("feature", student, teacher, reduction)
+    distances = feature_op(student, teacher, normalize=normalize, backend=backend)
+    return distances.mean() / width
+
+
+def unit_feature(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """FD of normalised rows, and these rows for the losses that share them.
+
+    The backward adds up what FD and those losses want and goes through the normalisation once.
+
+    Shapes, raises: as ``feature``.
+    Returns: ``feature`` with ``normalize``, and ``unit_rows`` of the student, (N, E).
+    Gradients: student; first order only.
+    """
+    width = _check_feature("unit_feature", student, teacher, reduction)
+    distances, units = unit_feature_op(student, teacher, backend=backend)
+    return distances.mean() / width, units
+
+
+def _check_feature(who: str, student: Tensor, teacher: Tensor, reduction: str) -> int:
+    """Check the arguments; what the distances of rows are divided by."""
     inputs.check_pair(who, "student", student, "teacher", teacher)
     inputs.check_constant(who, teacher=teacher)
     if len(student) != len(teacher) or len(student) == 0:
@@ -280,5 +307,4 @@ def feature(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'{who}: reduction is "mean" or "sum"; {reduction!r} came')
-    distances = feature_op(student, teacher, normalize=normalize, backend=backend)
-    return distances.mean() / (student.shape[1] if reduction == "mean" else 1)
+    return student.shape[1] if reduction == "mean" else 1

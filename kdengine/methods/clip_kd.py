@@ -35,9 +35,9 @@ it; the table in ``kdengine/losses/quirks.py`` lists each difference with its ef
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -49,6 +49,8 @@ from kdengine.losses import (
     feature,
     gradient,
     interactive_contrastive,
+    unit_feature,
+    unit_rows,
 )
 from kdengine.losses.quirks import released_gradient
 from kdengine.methods.base import Method
@@ -169,20 +171,25 @@ class ClipKD(Method):
                 f"{self.teacher_widths}; {len(teachers)} came; give those it was built for"
             )
         terms: dict[str, Tensor] = {}
-        if "task" in self.weights or "crd" in self.weights:
-            terms |= self._relational(student, teachers)
+        features: dict[str, Tensor] = {}
+        compared = None
         if self._compares() or "afd" in self.weights:
             teacher = self._together(teachers)
+        # unit rows are made once, and shared by all terms
         if self._compares():
-            image, text = self.image_head(student.image), self.text_head(student.text)
-            terms |= self._compared(image, text, student.scale, teacher)
-            if self.fd_name in self.weights:
-                seen = image if masked is None else self.image_head(masked)
-                terms[self.fd_name] = self._features(seen, teacher.image) + self._features(
-                    text, teacher.text
-                )
+            raw = Features(self.image_head(student.image), self.text_head(student.text), student[2])
+            compared, features = self._features(raw, teacher, masked)
+        is_shared = isinstance(self.image_head, nn.Identity)
+        own = compared if compared and is_shared else _unit(student)
+        theirs = [] if self.weights.keys() <= {"task", self.fd_name} else [*map(_unit, teachers)]
+        if "task" in self.weights or "crd" in self.weights:
+            terms |= self._relational(own, theirs)
+        if not self.weights.keys().isdisjoint({"icl", "gd", "afd"}):
+            together = theirs[0] if len(theirs) == 1 else _unit(teacher)
+            terms |= self._compared(compared, together) if compared else {}
+        terms |= features
         if "afd" in self.weights:
-            terms |= self._fused(student, teacher)
+            terms |= self._fused(own, together)
         return terms
 
     def _together(self, teachers: Sequence[Features]) -> Features:
@@ -210,54 +217,52 @@ class ClipKD(Method):
         """Whether a term compares embeddings in the teacher's width."""
         return not self.weights.keys().isdisjoint({self.fd_name, "icl", "gd"})
 
-    def _compared(
-        self, image: Tensor, text: Tensor, scale: Tensor, teacher: Features
-    ) -> dict[str, Tensor]:
-        """ICL and GD, of the student's embeddings in the teacher's width."""
+    def _features(
+        self, student: Features, teacher: Features, masked: Tensor | None
+    ) -> tuple[Features, dict[str, Tensor]]:
+        """Unit rows of the student in the teacher's width, and FD where it has a weight."""
+        if self.fd_name not in self.weights:
+            return _unit(student), {}
+        how: dict[str, Any] = {"reduction": self.fd_reduction, "backend": self.backend}
+        if masked is None:
+            seen, image = unit_feature(student.image, teacher.image, **how)
+        else:
+            image = unit_rows(student.image)
+            seen = feature(self.image_head(masked), teacher.image, normalize=True, **how)
+        read, text = unit_feature(student.text, teacher.text, **how)
+        return Features(image, text, student.scale), {self.fd_name: seen + read}
+
+    def _compared(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """ICL and GD, of unit rows in the teacher's width."""
         terms = {}
         if "icl" in self.weights:
             multiplier = self.interactive_scale()
             terms["icl"] = interactive_contrastive(
-                image,
-                text,
+                student.image,
+                student.text,
                 multiplier,
                 teacher.image.detach(),
                 teacher.text.detach(),
-                normalize=True,
                 group=self.group,
                 backend=self.backend,
             )
             terms["icl_scale"] = multiplier.detach().squeeze()
         if "gd" in self.weights:
-            both = (image, text, scale, *teacher)
             if self.reference_quirks:
-                terms["gd"] = released_gradient(*both, normalize=True, group=self.group)
+                terms["gd"] = released_gradient(*student, *teacher, group=self.group)
             else:
-                terms["gd"] = gradient(
-                    *both, normalize=True, group=self.group, backend=self.backend
-                )
+                terms["gd"] = gradient(*student, *teacher, group=self.group, backend=self.backend)
         return terms
 
-    def _features(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """FD of one modality."""
-        return feature(
-            student,
-            teacher,
-            normalize=True,
-            reduction=self.fd_reduction,
-            backend=self.backend,
-        )
-
     def _fused(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """AFD, and its scale for the log."""
-        x, y, u, v = (F.normalize(z, dim=-1) for z in (*student[:2], *teacher[:2]))
+        """AFD, of unit rows, and its scale for the log."""
         multiplier = self._multiplier(self.fused_log_scale)
         loss = augmented_feature(
-            x,
-            y,
+            student.image,
+            student.text,
             multiplier,
-            u.to(x.dtype).detach(),
-            v.to(y.dtype).detach(),
+            teacher.image.to(student.image.dtype).detach(),
+            teacher.text.to(student.text.dtype).detach(),
             self.image_fusion,
             self.text_fusion,
             group=self.group,
@@ -266,13 +271,14 @@ class ClipKD(Method):
         return {"afd": loss, "afd_scale": multiplier.detach().squeeze()}
 
     def _relational(self, student: Features, teachers: Sequence[Features]) -> dict[str, Tensor]:
-        """InfoNCE and CRD, the mean over teachers, from one sweep over all similarities."""
+        """InfoNCE and CRD of unit rows, the mean over teachers, from one sweep."""
         terms = {}
         task, crd = relational(
             student,
             teachers,
             hard="task" in self.weights,
             soft="crd" in self.weights,
+            normalize=False,
             group=self.group,
             backend=self.backend,
         )
@@ -296,3 +302,8 @@ class ClipKD(Method):
     def _multiplier(self, log_scale: Tensor) -> Tensor:
         log_scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
         return log_scale if self.reference_quirks else log_scale.clamp(0, LOG_SCALE_MAX).exp()
+
+
+def _unit(features: Features) -> Features:
+    """The same with rows of length 1."""
+    return features._replace(image=unit_rows(features.image), text=unit_rows(features.text))

@@ -16,13 +16,14 @@ def relational(
     *,
     hard: bool,
     soft: bool,
+    normalize: bool = True,
     group: ProcessGroup | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE and the mean over teachers of the KL to each, both halved over rows and columns.
 
-    Shapes: student embeddings [b, D], embeddings of teacher k [b, E_k]. A term that is switched off
-    is not computed, and is zero.
+    Shapes: student embeddings [b, D], embeddings of teacher k [b, E_k]; of unit length without
+    ``normalize``. A term that is switched off is not computed, and is zero.
     """
     found = similarity_terms(
         student.image,
@@ -35,7 +36,7 @@ def relational(
         hard_cols=hard,
         soft_rows=soft,
         soft_cols=soft,
-        normalize=True,
+        normalize=normalize,
         group=group,
         backend=backend,
     )

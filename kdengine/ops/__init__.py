@@ -2,7 +2,7 @@
 """Custom ops: schema, autograd and the choice of a backend; no process groups, no config."""
 
 from kdengine.ops._backend import set_workspace
-from kdengine.ops.feature import feature
+from kdengine.ops.feature import feature, unit_feature
 from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
 from kdengine.ops.similarity_rows import similarity_rows
@@ -17,4 +17,5 @@ __all__ = [
     "similarity",
     "similarity_rows",
     "terms",
+    "unit_feature",
 ]

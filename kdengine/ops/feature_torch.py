@@ -13,20 +13,25 @@ STRIP_BYTES = 1 << 20
 MIN_NORM = 1e-12
 
 
-def forward(student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
-    """Squared distance of each pair of rows; see ``kdengine.ops.feature``."""
+def forward(student: Tensor, teacher: Tensor, normalize: bool, unit: bool) -> tuple[Tensor, Tensor]:
+    """Squared distance of each pair of rows, and unit rows; see ``kdengine.ops.feature``."""
     dtype = statistics_dtype(student, teacher)
     distances = student.new_empty(len(student), dtype=dtype)
+    units = student.new_empty(student.shape if unit else (0,))
     for rows in _strips(student, dtype):
         x, u = student[rows].to(dtype), teacher[rows].to(dtype)
         if normalize:
             x, u = x / _norm(x), u / _norm(u)
+        if unit:
+            units[rows] = x
         torch.sum((x - u).square_(), 1, out=distances[rows])
-    return distances
+    return distances, units
 
 
-def backward(grad: Tensor, student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
-    """Gradient of student."""
+def backward(
+    grad: Tensor, grad_unit: Tensor | None, student: Tensor, teacher: Tensor, normalize: bool
+) -> Tensor:
+    """Gradient of student; ``grad_unit`` is that of its unit rows."""
     dtype = statistics_dtype(student, teacher)
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     for rows in _strips(student, dtype):
@@ -38,6 +43,8 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, normalize: bool) ->
         norm = _norm(x)
         unit = x / norm
         pull = (unit - u / _norm(u)).mul_(up)
+        if grad_unit is not None:
+            pull += grad_unit[rows]
         # only the part across the row survives, unless its length was bounded
         radial = torch.where(norm > MIN_NORM, (unit * pull).sum(1, keepdim=True), 0)
         gradient[rows] = pull.sub_(unit * radial).div_(norm)

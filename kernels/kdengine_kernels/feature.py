@@ -3,11 +3,13 @@
 
     distance_i = ||x_i - u_i||^2,   x = student / max(||student||, 1e-12), u likewise
 
-Backward, with g the upstream gradient of distance_i and p = 2 g (x - u):
+Backward, with g the upstream gradient of distance_i, d x_i that of the unit rows where these were
+asked for, and p = 2 g (x - u) + d x_i:
 
     d student_i = (p - x (x . p)) / ||student_i||
 
-Bytes: forward ``B E (student + teacher)``, backward the same and the gradient once.
+Bytes: forward ``B E (student + teacher)`` and the unit rows once, backward the same and the
+gradient once.
 """
 
 import torch
@@ -30,10 +32,12 @@ def _feature_forward_kernel(
     student,
     teacher,
     distance,
+    unit,
     student_stride,
     teacher_stride,
     width,
     NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, cols = tl.program_id(0), tl.arange(0, BLOCK)
@@ -43,19 +47,25 @@ def _feature_forward_kernel(
     if NORMALIZE:
         x /= tl.maximum(tl.sqrt(tl.sum(x * x, 0)), MIN_NORM)
         u /= tl.maximum(tl.sqrt(tl.sum(u * u, 0)), MIN_NORM)
+    if UNIT:
+        place = unit + row.to(tl.int64) * width + cols
+        tl.store(place, x.to(unit.dtype.element_ty), mask=here)
     tl.store(distance + row, tl.sum((x - u) * (x - u), 0))
 
 
 @triton.jit
 def _feature_backward_kernel(
     grad,
+    grad_unit,
     student,
     teacher,
     out,
+    unit_stride,
     student_stride,
     teacher_stride,
     width,
     NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, cols = tl.program_id(0), tl.arange(0, BLOCK)
@@ -69,6 +79,8 @@ def _feature_backward_kernel(
         x /= bounded
         u /= tl.maximum(tl.sqrt(tl.sum(u * u, 0)), MIN_NORM)
         pull = up * (x - u)
+        if UNIT:
+            pull += _load_row(grad_unit, row, unit_stride, cols, here)
         # only the part across the row survives, unless its length was bounded
         radial = tl.where(norm > MIN_NORM, tl.sum(x * pull, 0), 0.0)
         g = (pull - radial * x) / bounded
@@ -77,40 +89,49 @@ def _feature_backward_kernel(
     tl.store(out + row.to(tl.int64) * width + cols, g.to(out.dtype.element_ty), mask=here)
 
 
-def forward(student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
-    """Squared distance of each pair of rows; see ``kdengine.ops.feature``."""
+def forward(student: Tensor, teacher: Tensor, normalize: bool, unit: bool) -> tuple[Tensor, Tensor]:
+    """Squared distance of each pair of rows, and unit rows; see ``kdengine.ops.feature``."""
     student, teacher = _rows(student), _rows(teacher)
     distance = student.new_empty(len(student), dtype=torch.float32)
+    units = student.new_empty(student.shape if unit else (0,))
     block, warps = _launch_size(student)
     _feature_forward_kernel[(len(student),)](
         student,
         teacher,
         distance,
+        units,
         student.stride(0),
         teacher.stride(0),
         student.shape[1],
         NORMALIZE=normalize,
+        UNIT=unit,
         BLOCK=block,
         num_warps=warps,
     )
-    return distance
+    return distance, units
 
 
-def backward(grad: Tensor, student: Tensor, teacher: Tensor, normalize: bool) -> Tensor:
-    """Gradient of student."""
+def backward(
+    grad: Tensor, grad_unit: Tensor | None, student: Tensor, teacher: Tensor, normalize: bool
+) -> Tensor:
+    """Gradient of student; ``grad_unit`` is that of its unit rows."""
     student, teacher = _rows(student), _rows(teacher)
+    pulls = student if grad_unit is None else _rows(grad_unit)
     out = student.new_empty(student.shape)
     block, warps = _launch_size(student)
     _feature_backward_kernel[(len(student),)](
         # an upstream gradient may be an expanded scalar
         grad.contiguous(),
+        pulls,
         student,
         teacher,
         out,
+        pulls.stride(0),
         student.stride(0),
         teacher.stride(0),
         student.shape[1],
         NORMALIZE=normalize,
+        UNIT=grad_unit is not None,
         BLOCK=block,
         num_warps=warps,
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import losses, reference
-from kdengine.ops import _backend, gradient, set_workspace
+from kdengine.ops import _backend, gradient, set_workspace, unit_feature
 from kdengine_kernels import similarity as kernels
 
 MIB = 2**20
@@ -173,3 +173,26 @@ def test_gradient_distillation_equals_the_oracle() -> None:
     truth = run(reference.info_nce_gradients, x.double(), y.double())
     for g, true_g in zip(ours, truth, strict=True):
         assert (g.double() - true_g).norm() <= 5e-5 * true_g.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (1000, 512), (4097, 640)], ids=str)
+def test_unit_rows_come_with_the_distances(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, u = (3 * torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    weights = torch.randn(shape, device="cuda").to(dtype)
+
+    def run(x: Tensor, u: Tensor, backend: str | None) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        if backend:
+            distances, rows = unit_feature(x, u, backend=backend)
+        else:
+            rows = F.normalize(x, dim=1)
+            distances = (rows - F.normalize(u, dim=1)).square().sum(1)
+        total = (weights.to(rows.dtype) * rows).double().sum() + 3 * distances.double().sum()
+        return [distances, rows, *torch.autograd.grad(total, x)]
+
+    truth = run(x.double(), u.double(), None)
+    for name, found in (("triton", run(x, u, "triton")), ("torch", run(x, u, "torch"))):
+        for y, true_y in zip(found, truth, strict=True):
+            limit = 2 * max(1e-6, torch.finfo(y.dtype).eps)
+            assert (y.double() - true_y).norm() <= limit * true_y.norm().clamp(min=1), name

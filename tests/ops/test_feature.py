@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdengine.ops import extension, feature, feature_torch
+from kdengine.ops import extension, feature, feature_torch, unit_feature
 from kdengine.ops.feature import _backward, _forward
 
 INTERPRETED = pytest.mark.skipif(
@@ -113,6 +113,48 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
+def shared(student: Tensor, teacher: Tensor, backend: str) -> list[Tensor]:
+    """Distances, unit rows, and the gradient of a mix of both."""
+    student = student.detach().clone().requires_grad_()
+    if backend == "dense":
+        unit, distances = F.normalize(student, dim=1), dense(student, teacher, True)
+    else:
+        distances, unit = unit_feature(student, teacher, backend=backend)
+    weights = torch.linspace(0.5, 2, student.numel(), dtype=torch.float64).view_as(student)
+    # transposed, so that what comes back has other strides
+    mixed = (weights * unit).mT.sum() + (weights[:, 0] * distances).sum()
+    return [distances.detach(), unit.detach(), *torch.autograd.grad(mixed, student)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend,dtype", [("torch", torch.float64), *LOW_PRECISION], ids=str)
+def test_unit_rows_come_with_the_distances(backend: str, dtype: torch.dtype, shape: tuple) -> None:
+    student, teacher = pair(*shape, dtype)
+    distances, unit, gradient = shared(student, teacher, backend)
+    truth = shared(student.double(), teacher.double(), "dense")
+    assert (unit.dtype, gradient.dtype) == (dtype, dtype) and unit.shape == shape
+    eps = torch.finfo(dtype).eps
+    accurate = max(1e-6, eps) if dtype != torch.float64 else 1e-13
+    torch.testing.assert_close(distances.double(), truth[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(unit.double(), truth[1], rtol=accurate, atol=accurate)
+    # what comes back to low precision rows is rounded to their dtype
+    assert (gradient.double() - truth[2]).norm() <= 2 * accurate * truth[2].norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unit_rows_or_distances_alone(backend: str) -> None:
+    student, teacher = pair(7, 6, torch.float32)
+    student.requires_grad_()
+    distances, unit = unit_feature(student, teacher, backend=backend)
+    weights = torch.rand(7, 6)
+    (alone,) = torch.autograd.grad((weights * unit).sum(), student, retain_graph=True)
+    (truth,) = torch.autograd.grad((weights * F.normalize(student, dim=1)).sum(), student)
+    torch.testing.assert_close(alone, truth, rtol=1e-6, atol=1e-6)
+    (alone,) = torch.autograd.grad(distances.sum(), student)
+    (truth,) = torch.autograd.grad(dense(student, teacher, True).sum(), student)
+    torch.testing.assert_close(alone, truth, rtol=1e-6, atol=1e-6)
+
+
 def test_autocast_changes_nothing() -> None:
     student, teacher = pair(9, 8, torch.float32)
     plain = with_gradient(feature, student, teacher, True)
@@ -135,8 +177,10 @@ def test_gradcheck(backend: str, normalize: bool) -> None:
 @pytest.mark.parametrize("backend", EXACT)
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     student, teacher = pair(5, 4, dtype)
-    torch.library.opcheck(_backward, (torch.rand(5), student, teacher, True, backend))
-    torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, backend))
+    for pull in (None, torch.rand(5, 4).to(dtype)):
+        torch.library.opcheck(_backward, (torch.rand(5), pull, student, teacher, True, backend))
+    for unit in (False, True):
+        torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, unit, backend))
 
 
 def test_compiles_to_one_graph() -> None:
