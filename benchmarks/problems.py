@@ -126,10 +126,19 @@ def learned(problem: Problem, inputs: Inputs) -> Inputs:
 
 def engine_loss(module: ModuleType, x: Inputs, objective: Objective, **options: Any) -> Tensor:
     """The objective by ``losses`` or by ``reference``, whose calls are the same."""
+    distances = None
     if objective.raw and module is reference:
         x = normalised(x)
     elif objective.raw:
-        options["normalize"] = True
+        # as methods.ClipKD does: FD gives the unit rows of the other terms
+        found = {name: x[name] for name in x if name.startswith("teacher")}
+        x = x | {name: losses.unit_rows(y) for name, y in found.items()}
+        pairs = {
+            name: losses.unit_feature(x[name], found[f"teacher_{name}"], **options)
+            for name in ("image", "text")
+        }
+        distances = pairs["image"][0] + pairs["text"][0]
+        x |= {name: unit for name, (_, unit) in pairs.items()}
     teacher: dict[str, Any] = {
         "teacher_query": x["teacher_image"],
         "teacher_key": x["teacher_text"],
@@ -149,8 +158,9 @@ def engine_loss(module: ModuleType, x: Inputs, objective: Objective, **options: 
     )
     if not objective.rest:
         return loss
-    pairs = (x["image"], x["teacher_image"]), (x["text"], x["teacher_text"])
-    distances = sum(module.feature(student, teacher, **options) for student, teacher in pairs)
+    if distances is None:
+        both = (x["image"], x["teacher_image"]), (x["text"], x["teacher_text"])
+        distances = sum(module.feature(mine, theirs, **options) for mine, theirs in both)
     student = (x["image"], x["text"], x["icl_scale"])
     interactive = module.interactive_contrastive(
         *student, x["teacher_image"], x["teacher_text"], **options

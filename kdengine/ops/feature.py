@@ -94,7 +94,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, ctx.normalize, _, ctx.backend = inputs
+    student, teacher, ctx.normalize, ctx.unit, ctx.backend = inputs
     ctx.save_for_backward(student, teacher)
     ctx.set_materialize_grads(False)
 
@@ -105,7 +105,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_unit: Tensor | None) -> t
     if grad is None:
         dtype = _backend.statistics_dtype(student, teacher)
         grad = student.new_zeros(len(student), dtype=dtype)
-    found = _backward(grad, grad_unit, student, teacher, ctx.normalize, ctx.backend)
+    pull = grad_unit if ctx.unit else None
+    found = _backward(grad, pull, student, teacher, ctx.normalize, ctx.backend)
     return found, None, None, None, None
 
 
