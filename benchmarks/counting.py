@@ -20,6 +20,8 @@ def _sent(name: str, call: dict[str, Any], ranks: int, rank: int) -> float:
     """Bytes that this rank has to send at least, whatever the algorithm."""
     first, second = call["args"][:2] if len(call["args"]) > 1 else (call["args"][0], None)
     others = ranks - 1
+    if (counts := call.get("input_split_sizes")) is not None:
+        return second.nbytes / len(second) * (sum(counts) - counts[rank])
     if name in ("all_gather", "all_gather_into_tensor"):
         return others * second.nbytes
     if name in ("reduce_scatter_tensor", "all_to_all_single"):
@@ -63,7 +65,7 @@ def counting() -> Iterator[Counts]:
         @functools.wraps(original)
         def call(*args: Any, **options: Any) -> Any:
             ranks, rank = dist.get_world_size(), dist.get_rank()
-            counts.bytes[name] += _sent(name, {"args": args}, ranks, rank)
+            counts.bytes[name] += _sent(name, {"args": args, **options}, ranks, rank)
             return original(*args, **options)
 
         return call

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses over real gloo ranks against the float64 oracle on the concatenated batch, W = 1 to 4."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from kdengine.losses import merging
 from kdengine.ops import Statistics
 
 LOCAL_ROWS, WIDTH, TEACHER_WIDTH = 5, 6, 4
-SCALE, UPSTREAM = 7.0, 1.7
+SCALE, TEACHER_SCALE, UPSTREAM = 7.0, 20.0, 1.7
 WORLDS = [1, 2, 3, 4]
 # how the features travel; 5 rows a rank go in chunks of 2, 1, 2 or of one
 WAYS: dict[str, dict] = {
@@ -79,6 +81,15 @@ def gd_teacher(world_size: int) -> list[Tensor]:
     return [unit(*query.shape), unit(*query.shape)]
 
 
+def gd_of_rank(features: list[Tensor], dtype: torch.dtype, exchange: Any) -> list[Tensor]:
+    """GD and its gradients of one rank that sees its own part only."""
+    image, text, *teacher = (x.to(dtype) for x in features)
+    leaves = [x.clone().requires_grad_() for x in (image, text)]
+    leaves.append(torch.tensor(SCALE, dtype=dtype, requires_grad=True))
+    loss = losses.gradient(*leaves, *teacher, TEACHER_SCALE, group=exchange)
+    return [loss.detach(), *torch.autograd.grad(UPSTREAM * loss, leaves)]
+
+
 def part(x: Tensor, rank: int, world_size: int) -> Tensor:
     return x.tensor_split(world_size)[rank]
 
@@ -134,11 +145,12 @@ def rank_everything(rank: int, world_size: int) -> dict:
     loss = losses.cluster_cross_entropy(*learned, own_labels, **options)
     found["cluster"] = [loss.detach(), *torch.autograd.grad(loss, learned)]
 
-    learned = [x.clone().requires_grad_() for x in (image, text)]
-    learned.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
     teacher = [part(x, rank, world_size) for x in gd_teacher(world_size)]
-    loss = losses.gradient(*learned, *teacher, 20.0, group=group)
-    found["gradient"] = [loss.detach(), *torch.autograd.grad(loss, learned)]
+    for dtype in (torch.float64, torch.float32):
+        found["gradient", dtype] = [
+            gd_of_rank([image, text, *teacher], dtype, distributed.Exchange(group, regather=again))
+            for again in (False, True, False)
+        ]
 
     low = [x.bfloat16().requires_grad_() for x in (image, text)]
     loss = losses.info_nce(*low, SCALE, group=group)
@@ -267,18 +279,32 @@ def test_margin_over_sharded_clusters_equals_the_oracle(ranks, world_size: int) 
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_gradient_distillation_over_ranks_equals_the_oracle(ranks, world_size: int) -> None:
-    found = [result["gradient"] for result in ranks(world_size)]
-    image, text, _ = whole("pairs", world_size)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_gradient_distillation_over_ranks_equals_the_oracle(
+    ranks, dtype: torch.dtype, error: float, world_size: int
+) -> None:
+    query, key, _ = whole("pairs", world_size)
+    # what the ranks were given, without the rounding of their dtype
+    image, text, *teacher = (x.to(dtype).double() for x in (query, key, *gd_teacher(world_size)))
     leaves = [image.requires_grad_(), text.requires_grad_()]
     leaves.append(torch.tensor(SCALE, dtype=torch.float64, requires_grad=True))
-    loss = reference.gradient(*leaves, *gd_teacher(world_size), 20.0)
-    truth = torch.autograd.grad(loss, leaves)
-    losses_, images, texts, scales = zip(*found, strict=True)
-    near(torch.stack(losses_).mean(), loss.detach())
-    near(torch.cat(images) / world_size, truth[0])
-    near(torch.cat(texts) / world_size, truth[1])
-    near(torch.stack(scales).mean(0), truth[2])
+    loss = reference.gradient(*leaves, *teacher, TEACHER_SCALE)
+    truth = [loss.detach(), *torch.autograd.grad(UPSTREAM * loss, leaves)]
+    for runs in zip(*(result["gradient", dtype] for result in ranks(world_size)), strict=True):
+        losses_, images, texts, scales = zip(*runs, strict=True)
+        found = [torch.stack(losses_).mean(), torch.cat(images), torch.cat(texts)]
+        # data parallel averaging divides by W
+        found = [found[0], found[1] / world_size, found[2] / world_size, torch.stack(scales).mean()]
+        for x, true_x in zip(found, truth, strict=True):
+            assert (x.double() - true_x).norm() <= error * true_x.norm()
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_gradient_distillation_gives_the_same_bits_again(ranks, world_size: int) -> None:
+    for result in ranks(world_size):
+        for dtype in (torch.float64, torch.float32):
+            first, *others = result["gradient", dtype]
+            assert all(torch.equal(x, y) for run in others for x, y in zip(first, run, strict=True))
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -13,9 +13,9 @@ REASON = extension.why_not("cuda")
 pytestmark = pytest.mark.skipif(bool(REASON), reason=str(REASON))
 # registers of a thread at most, by kernel: what a multiprocessor's 64 K allow for its blocks
 REGISTERS = {
-    # rows in the cache: 6 blocks of 256 threads
-    "forward_kernel 0": 40,
-    "backward_kernel 0": 40,
+    # rows in the cache: 4 blocks of 256 threads
+    "forward_kernel 0": 64,
+    "backward_kernel 0": 64,
     # rows in registers: 2 blocks
     "forward_kernel 4": 128,
     "backward_kernel 4": 128,

@@ -4,19 +4,21 @@
 Every rank needs the rows of every other rank. A chunk is a slice of everybody's rows:
 
     out     own rows, nothing to wait for | chunk 1 | chunk 2 | ...     asynchronous all-gathers
-    home    chunk 1 | chunk 2 | ... | own rows                          asynchronous reduce-scatters
+    home    chunk 1 | chunk 2 | ... | own rows                          asynchronous all-to-alls
 
 While chunk k is used, k + 1 and k + 2 are under way; the rank's own rows are used while the first
 chunk comes, and their gradient is made while the last one goes home. Student and teacher travel in
 one buffer, a collective a chunk.
 
 Bytes that a rank sends, n rows of d bytes on each of W ranks: (W - 1) n d out, and (W - 1) n d_k
-home, d_k the bytes of a row that has a gradient. Gradients travel in the dtype of their rows.
+home, d_k the bytes of a row that has a gradient. Gradients travel in the dtype of their rows, and
+each owner adds up what the others send in float32: a low precision gradient is rounded once on each
+rank, whatever W. A reduce-scatter would round its running sum at every hop.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -186,31 +188,68 @@ class Exchange:
         """Send the gradient of a chunk's rows to their owners.
 
         Shapes: gradient ((W - 1) len(part), D), as the rows of a chunk lie.
-        Returns: a call that waits, and returns (len(part), D): what the others' sums say about this
-        rank's rows.
+        Returns: a call that waits, and returns (len(part), D), float64 or float32: what the others
+        say about this rank's rows, added up.
         """
         size = part.stop - part.start
-        before, after = gradient.split([self.rank * size, len(gradient) - self.rank * size])
         # what this rank itself has to say about its rows does not travel
-        sent = torch.cat([before, gradient.new_zeros(size, gradient.shape[1]), after])
-        received = gradient.new_empty(size, gradient.shape[1])
-        what = f"reduce-scatter of the gradient of rows {part.start}..{part.stop - 1} of each rank"
-        arrived = self._begin(what, dist.reduce_scatter_tensor, received, sent)
+        counts = [0 if r == self.rank else size for r in range(self.world_size)]
+        received = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        what = f"all-to-all of the gradient of rows {part.start}..{part.stop - 1} of each rank"
+        arrived = self._begin(
+            *(what, dist.all_to_all_single, received, gradient.contiguous()),
+            output_split_sizes=counts,
+            input_split_sizes=counts,
+        )
 
         def arrive() -> Tensor:
             arrived()
-            return received
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            return received.unflatten(0, (-1, size)).sum(0, dtype=dtype)
 
         return arrive
 
+    def gather(self, x: Tensor) -> Tensor:
+        """This rank's rows with those of the others: (n, ...) -> (W n, ...). No gradient."""
+        if self.world_size == 1:
+            return x
+        received = x.new_empty(self.world_size * len(x), *x.shape[1:])
+        self._begin(
+            f"all-gather of {tuple(x.shape)}", dist.all_gather_into_tensor, received, x.contiguous()
+        )()
+        return received
+
+    def to_owners(self, x: Tensor) -> Tensor:
+        """Numbers of everybody's rows to their owners: (F, W n) -> (W, F, n). No gradient."""
+        sent = x.unflatten(1, (self.world_size, -1)).transpose(0, 1).contiguous()
+        if self.world_size == 1:
+            return sent
+        received = torch.empty_like(sent)
+        what = f"all-to-all of {tuple(sent.shape)}"
+        self._begin(what, dist.all_to_all_single, received, sent)()
+        return received
+
+    def sum_home(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What all ranks say about this rank's rows, added up; it travels in ``dtype``.
+
+        Shapes: (W n, D) -> (n, D), float64 or float32.
+        """
+        if self.world_size == 1:
+            return x
+        size = len(x) // self.world_size
+        before, own, after = x.tensor_split([self.rank * size, (self.rank + 1) * size])
+        arrive = self.start_home(torch.cat([before, after]).to(dtype), slice(0, len(own)))
+        others = arrive()
+        return others + own.to(others.dtype)
+
     def _begin(
-        self, what: str, collective: Callable, received: Tensor, sent: Tensor
+        self, what: str, collective: Callable, received: Tensor, sent: Tensor, **options: Any
     ) -> Callable[[], None]:
         """Start a collective; the call that waits for it."""
         group = self.group
         assert group is not None
         with waiting(what, group):
-            work = collective(received, sent, group=group, async_op=True)
+            work = collective(received, sent, group=group, async_op=True, **options)
 
         def arrived() -> None:
             with waiting(what, group):

@@ -37,8 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kdengine import distributed
 from kdengine.distributed import Exchange, Group
-from kdengine.losses.gradients import gather_pairs
+from kdengine.losses.gradients import check_pairs
 from kdengine.losses.inputs import Scale
 
 # similarities in a strip: 32 MiB in fp32, of which a few lie in memory at a time
@@ -67,15 +68,20 @@ def released_gradient(
     Returns: 0-D, float64 if a feature is, else float32.
     Gradients: image, text, scale. The teacher is a constant.
     Memory: O(N E) and a strip of ``CELLS`` similarities, which the backward computes again.
-    Communication, raises: as ``losses.gradient``, whose paper's form it is not.
+    Communication: one all-gather for the student, one for the teacher; every rank computes the loss
+    of the global batch.
+    Raises: as ``losses.gradient``, whose paper's form it is not.
     """
-    x, y, u, v, scales = gather_pairs(
+    student, teacher, exchange = check_pairs(
         "released_gradient",
         *(image, text, scale, teacher_image, teacher_text, teacher_scale),
         normalize=normalize,
         group=group,
     )
-    dtype = scales[0].dtype
+    # image and text in one buffer
+    x, y = distributed.gather_rows(torch.cat(student[:2], 1), exchange.group).chunk(2, 1)
+    u, v = distributed.gather_constant(torch.cat(teacher[:2], 1), exchange.group).chunk(2, 1)
+    dtype, scales = student.dtype, (student.scale, teacher.scale)
     x, y, u, v = (z.to(dtype) for z in (x, y, u, v))
     with torch.autocast(x.device.type, enabled=False):
         ours = [*one_direction(x, y, scales[0]), *one_direction(y, x, scales[0])]

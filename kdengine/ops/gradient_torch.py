@@ -11,39 +11,43 @@ def backward(
     query: Tensor,
     key: Tensor,
     scale: Tensor,
-    pulls: tuple[Tensor, Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    diagonals: Tensor,
+    first: int,
     left: Tensor,
     right: Tensor,
     half: float,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Products of G and dA, see ``kdengine.ops.gradient``.
+    """Products of G and dA, see ``kdengine.ops.gradient``; a block of rows.
 
     Args:
-        query: x (N, D).
-        key: y (N, D).
+        query: x (B, D).
+        key: y (M, D).
         scale: 0-D.
-        pulls: of rows and of columns, (4, N): log-sum-exp, mean of H, diagonals of G and dA, of
-            which the diagonals of both add up.
-        left: u (N, D).
-        right: r (N, D).
+        rows: (2, B), log-sum-exp and mean of H.
+        cols: (2, M), the same.
+        diagonals: (2, B), what stands in G and in dA at row i's positive, column first + i.
+        first: column of the first row's positive.
+        left: u (B, D).
+        right: r (M, D).
         half: factor of H = half (u y^T + x r^T).
         budget: bytes of the strips.
 
     Returns: G r, dA y, G^T u, dA^T x.
     """
-    rows, cols = pulls
     x, y, u, r = (v.to(rows.dtype) for v in (query, key, left, right))
     logits = Product(x, y, scale, rows.dtype, budget)
     wide_left, wide_right = torch.cat([u, x], 1), torch.cat([y, r], 1)
     strips, z = cut(logits, budget)
     h, p = torch.empty_like(z), torch.empty_like(z)
-    g_r, a_y, g_u, a_x = (torch.zeros_like(v) for v in (x, y, y, y))
+    g_r, a_y, g_u, a_x = (torch.zeros_like(v) for v in (x, x, y, y))
     for strip in strips:
         count = strip.stop - strip.start
         here = slice(count)
         number = torch.arange(count, device=z.device)
-        diagonal = number, number + strip.start
+        positives = number, number + (first + strip.start)
         own = rows[:, strip, None]
         logits.strip(strip, z)
         torch.mm(wide_left[strip], wide_right.mT, out=h[here]).mul_(half)
@@ -53,8 +57,7 @@ def backward(
         a = row_p * (h[here] - own[1])
         a.addcmul_(col_p, h[here].sub_(cols[1])).div_(2)
         g = row_p.add_(col_p).div_(2)
-        g[diagonal] = rows[2, strip] + cols[2, strip]
-        a[diagonal] = rows[3, strip] + cols[3, strip]
+        g[positives], a[positives] = diagonals[0, strip], diagonals[1, strip]
         g_r[strip], a_y[strip] = g @ r, a @ y
         g_u.addmm_(g.mT, u[strip])
         a_x.addmm_(a.mT, x[strip])

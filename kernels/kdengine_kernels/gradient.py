@@ -5,7 +5,7 @@ The rest of the op is the op ``similarity``; see ``kdengine/ops/gradient.py`` fo
 One kernel makes the tiles of z and of H (a product of twice the width) and writes both strips,
 rounded once. Its exponentials are relative to whole log-sum-exps, so they cannot overflow.
 
-Work: 3 products, and 4 with the features. Memory: two strips of C rows, 2 C N elements.
+Work: 3 products, and 4 with the features. Memory: two strips of C rows, 2 C M elements.
 """
 
 import torch
@@ -46,6 +46,7 @@ def _pulls_kernel(
     first_row,
     end_row,
     num_cols,
+    first_positive,
     out_stride,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
@@ -56,7 +57,10 @@ def _pulls_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G = (P + Q) / 2 and dA = (P (H - row_mean) + Q (H - col_mean)) / 2, diagonals as given."""
+    """G = (P + Q) / 2 and dA = (P (H - row_mean) + Q (H - col_mean)) / 2, diagonals as given.
+
+    Row i's is at column first_positive + i.
+    """
     row_tile, col_tile = tile_numbers(
         tl.program_id(0), end_row - first_row, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP
     )
@@ -97,7 +101,7 @@ def _pulls_kernel(
     a = p * (h - tl.load(row_mean + row_at)[:, None]) + q * (
         h - tl.load(col_mean + col_at)[None, :]
     )
-    same = rows[:, None] == cols[None, :]
+    same = (first_positive + rows)[:, None] == cols[None, :]
     g = tl.where(same, tl.load(diagonal_g + row_at)[:, None], p + q)
     a = tl.where(same, tl.load(diagonal_a + row_at)[:, None], a)
     here = (rows < end_row)[:, None] & (cols < num_cols)[None, :]
@@ -110,7 +114,10 @@ def backward(
     query: Tensor,
     key: Tensor,
     scale: Tensor,
-    pulls: tuple[Tensor, Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    diagonals: Tensor,
+    first: int,
     left: Tensor,
     right: Tensor,
     half: float,
@@ -124,18 +131,17 @@ def backward(
     )
     u, r, _ = Matrix.of(left, right, scale)
     x, y, _ = logits
-    rows, cols = pulls
-    diagonals = (rows[2:] + cols[2:]).contiguous()
-    num_rows = len(x)
-    height = strip_height(x, num_rows, 2 * x.itemsize, budget)
+    rows, cols, diagonals = (v.contiguous() for v in (rows, cols, diagonals))
+    num_rows, num_cols = len(x), len(y)
+    height = strip_height(x, num_cols, 2 * x.itemsize, budget)
     blocks = config("pulls", x.itemsize)
-    g, a = (new_strip(x, height, num_rows) for _ in range(2))
+    g, a = (new_strip(x, height, num_cols) for _ in range(2))
     g_r, a_y = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
     g_u, a_x = (torch.zeros_like(y, dtype=torch.float32) for _ in range(2))
-    for first in range(0, num_rows, height):
-        strip = slice(first, min(first + height, num_rows))
-        count = strip.stop - first
-        num_tiles = triton.cdiv(count, blocks.rows) * triton.cdiv(num_rows, blocks.cols)
+    for start in range(0, num_rows, height):
+        strip = slice(start, min(start + height, num_rows))
+        count = strip.stop - start
+        num_tiles = triton.cdiv(count, blocks.rows) * triton.cdiv(num_cols, blocks.cols)
         _pulls_kernel[(num_tiles,)](
             *logits.operands(blocks),
             *wide.operands(blocks),
@@ -147,9 +153,10 @@ def backward(
             diagonals[1],
             g,
             a,
-            first,
+            start,
             strip.stop,
-            num_rows,
+            num_cols,
+            first,
             g.stride(0),
             WIDTH=x.shape[1],
             WIDE=wide.left.shape[1],

@@ -2,6 +2,8 @@
 """The op ``gradient`` on both backends: values, its own gradients, memory, refusals."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from kdengine import losses, reference
 from kdengine.ops import _backend, gradient, gradient_torch, similarity_product
 from kdengine.ops.gradient import _backward, _forward
+from kdengine.ops.gradient_blocks import _products, backward, forward
 
 # numpy's, where a discarded branch of a kernel overflows
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -74,6 +77,70 @@ def test_low_precision_is_close(
         assert error <= allowed + 1e-12, (error.item(), allowed.item())
 
 
+class Threads:
+    """A ``Spread`` over threads, of which one runs at a time."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier, turn: Any) -> None:
+        self.rank, self.board, self.barrier, self.turn = rank, board, barrier, turn
+
+    def _show(self, x: Tensor) -> list[Tensor]:
+        self.board[self.rank] = x
+        self.turn.release()
+        self.barrier.wait()
+        shown = list(self.board)
+        self.barrier.wait()
+        self.turn.acquire()
+        return shown
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._show(x))
+
+    def to_owners(self, x: Tensor) -> Tensor:
+        return torch.stack([y.chunk(len(self.board), 1)[self.rank] for y in self._show(x)])
+
+    def sum_home(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        parts = [y.chunk(len(self.board))[self.rank] for y in self._show(x.to(dtype))]
+        return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "error"),
+    [
+        ("torch", torch.float64, 1e-11),
+        ("torch", torch.float32, 1e-5),
+        pytest.param("triton", torch.float32, 1e-5, marks=INTERPRETED),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 5), (45, 13)], ids=str)
+def test_blocks_of_rows_are_those_of_the_whole(
+    backend: str, dtype: torch.dtype, error: float, shape: tuple
+) -> None:
+    num_ranks, (rows, width) = 3, shape
+    x, y, u, r = (unit(num_ranks * rows, width).to(dtype) for _ in range(4))
+    # unequal lengths: ranks scale their own
+    u[:rows] *= 1e-4
+    scale = torch.tensor(9.0, dtype=dtype)
+    leaves = [v.double().requires_grad_() for v in (x, y, scale)]
+    truth = list(reference.info_nce_gradients(*leaves))
+    total = (u.double() * truth[0]).sum() + (r.double() * truth[1]).sum()
+    truth += torch.autograd.grad(total, leaves)
+    board, barrier, turn = [None] * num_ranks, threading.Barrier(num_ranks), threading.Lock()
+
+    def one_rank(rank: int) -> list[Tensor]:
+        with turn:
+            spread, own = Threads(rank, board, barrier, turn), slice(rank * rows, (rank + 1) * rows)
+            *grads, of_rows, of_cols = forward(x[own], y, scale, spread, backend)
+            stats = (of_rows, of_cols, grads)
+            found = backward((u[own], r[own]), x[own], y, scale, *stats, spread, backend)
+            return [*grads, *found]
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        *features, scales = zip(*pool.map(one_rank, range(num_ranks)), strict=True)
+    found = [*(torch.cat(v) for v in features), torch.stack(scales).sum()]
+    for v, true_v in zip(found, truth, strict=True):
+        assert (v.double() - true_v).norm() <= error * true_v.norm()
+
+
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_backend.WORKSPACE, "cpu", 1)
     monkeypatch.setattr(similarity_product, "MIN_STRIP_ROWS", 3)
@@ -86,8 +153,9 @@ def test_opcheck() -> None:
     inputs = [v.requires_grad_() for v in leaves]
     torch.library.opcheck(_forward, (*inputs, "auto"))
     x, y, s = (v.detach() for v in leaves)
-    g_x, g_y, stats = _forward(x, y, s, "auto")
-    torch.library.opcheck(_backward, (g_x, g_y, x, y, s, stats, g_x, g_y, "auto"))
+    g_x, g_y, rows, cols = _forward(x, y, s, "auto")
+    torch.library.opcheck(_backward, (g_x, g_y, x, y, s, rows, cols, g_x, g_y, "auto"))
+    torch.library.opcheck(_products, (x, y, s, rows, cols, rows, 0, g_x, g_y, "auto"))
 
 
 def test_no_tensor_has_the_size_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
