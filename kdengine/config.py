@@ -228,6 +228,12 @@ class Train:
     """Length in passes over the data; give this or steps."""
     steps: int | None = None
     """Length in optimiser steps; give this or epochs."""
+    num_chunks: int | None = None
+    """Pieces in which the loss sends features to the other ranks, and gradients home, each computed
+    on while the next travels; none chooses by the batch, up to four."""
+    regather: bool = False
+    """Let features travel again in the backward pass, instead of keeping those of all ranks: less
+    memory for a very large batch, for more bytes."""
     precision: Literal["fp32", "bf16", "amp_bf16"] = "fp32"
     """'bf16' casts the student and keeps fp32 masters; 'amp_bf16' computes in bf16 from fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -244,6 +250,8 @@ class Train:
     def __post_init__(self) -> None:
         _check("train", "batch_size", self.batch_size, "a size >= 1", self.batch_size >= 1)
         _check("train", "accum_freq", self.accum_freq, "a number >= 1", self.accum_freq >= 1)
+        chunks = self.num_chunks
+        _check("train", "num_chunks", chunks or 0, "a number >= 1", chunks is None or chunks >= 1)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(
                 f"train: expected epochs or steps, got both (epochs={self.epochs}, "

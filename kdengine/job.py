@@ -18,6 +18,7 @@ from torch import Tensor
 from kdengine import assembly, checkpoint, ranks
 from kdengine.checkpoint import State
 from kdengine.config import RunConfig, to_toml
+from kdengine.distributed import Exchange
 from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import Evaluator, parse_eval_sets
 from kdengine.log import RunLog
@@ -211,7 +212,9 @@ def build_engine(
         config.method,
         student_width=student.spec.embed_dim,
         teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
-        group=me.group,
+        group=Exchange(
+            me.group, num_chunks=config.train.num_chunks, regather=config.train.regather
+        ),
     )
     if method_weights is not None:
         method.load_state_dict(method_weights)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import counting
 from kdengine import config, losses, reference
+from kdengine.distributed import Exchange
 from kdengine.methods import ClipKD, build_method
 from kdengine.models import Features
 
@@ -314,12 +316,56 @@ def rank_gradients(
     return told, found
 
 
+def gathered_bytes(weights: dict[str, float], **how: Any) -> float:
+    """What one of two ranks sends by all-gathers in a step of 3 pairs, widths 8 and 5."""
+    group = Exchange(torch.distributed.group.WORLD, **how)
+    method = ClipKD(8, [5], **weights, group=group).double()
+    student = leaves(features(8, batch=3))
+    with counting.counting() as counts:
+        total(method(student, [features(5, 30.0, 1, batch=3)]), method.weights).backward()
+    return counts.bytes["all_gather_into_tensor"]
+
+
 def rank_all(rank: int, world_size: int) -> list[Any]:
     return [rank_gradients(rank, world_size, *CASES[case]) for case in SPREAD]
 
 
-def test_two_ranks_average_to_the_whole_batch(run_ranks: Callable[..., list[Any]]) -> None:
-    found = run_ranks(rank_all, 2)
+def rank_all_and_bytes(rank: int, world_size: int) -> tuple[list[Any], list[float]]:
+    icl = {"fd": 0.0, "icl": 1.0}
+    counted = [
+        gathered_bytes({"crd": 0.0, **icl}),
+        gathered_bytes({"crd": 1.0, **icl}),
+        gathered_bytes({"crd": 1.0, **icl, "gd": 1.0}),
+        gathered_bytes({"crd": 1.0, **icl}, regather=True),
+    ]
+    return rank_all(rank, world_size), counted
+
+
+_FOUND: list[Any] = []
+
+
+@pytest.fixture
+def two_ranks(run_ranks: Callable[..., list[Any]]) -> list[Any]:
+    """What two ranks found; the processes are started once."""
+    if not _FOUND:
+        _FOUND.extend(run_ranks(rank_all_and_bytes, 2))
+    return _FOUND
+
+
+def test_a_constant_of_several_losses_travels_once(two_ranks: list[Any]) -> None:
+    pair, number = 3 * 8, 8
+    # ICL alone: student's text, teacher's text and image, and each time seven sizes
+    alone = pair * (8 + 5 + 5) + 3 * 7 * number
+    # GD's texts, upstream gradients; log-sum-exps of both, means of the student; sizes
+    more = pair * (5 + 5) + pair * (2 + 2 + 1) + 4 * number
+    # kept nowhere: CRD's keys twice, and the teacher's text for ICL
+    again = pair * (8 + 5) + pair * 5
+    for _, counted in two_ranks:
+        assert counted == [alone, alone, alone + more, alone + again]
+
+
+def test_two_ranks_average_to_the_whole_batch(two_ranks: list[Any]) -> None:
+    found = [gradients for gradients, _ in two_ranks]
     for number, (whole_terms, whole) in enumerate(rank_all(0, 1)):
         for terms, gradients in (of_rank[number] for of_rank in found):
             for name, value in whole_terms.items():

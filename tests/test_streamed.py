@@ -32,9 +32,12 @@ class Rehearsal(Exchange):
         self.world_size, self.rank, self.everything = RANKS, OWN, everything
         self.home = torch.zeros_like(everything[0])
         self.others = [r for r in range(RANKS) if r != OWN]
+        self.widths: list[list[int]] = []
 
     def _gather(self, block: Block, tensors: list[Tensor]) -> Callable[[], Block]:
-        ranks = (x.unflatten(0, (RANKS, KEYS))[self.others] for x in self.everything)
+        self.widths.append([x.shape[-1] for x in tensors])
+        asked = [x for x in self.everything if any(torch.equal(own(x), t) for t in tensors)]
+        ranks = [x.unflatten(0, (RANKS, KEYS))[self.others] for x in asked]
         return lambda: block._replace(tensors=[x[:, block.part].flatten(0, 1) for x in ranks])
 
     def start_home(self, gradient: Tensor, part: slice) -> Callable[[], Tensor]:
@@ -123,10 +126,39 @@ def near(x: Tensor, y: Tensor) -> None:
     assert x.shape == y.shape and (x - y).norm() <= 3e-6 * y.norm()
 
 
+def test_a_constant_that_is_here_travels_no_more() -> None:
+    key, teacher = unit(RANKS * KEYS), unit(RANKS * KEYS, 8)
+    mine = [own(key), own(teacher)]
+    exchange = Rehearsal([key, teacher], num_chunks=4)
+
+    def rows_of(tensors: list[Tensor]) -> list[Tensor]:
+        """All ranks' rows, put together from the blocks."""
+        whole = [torch.empty(RANKS, *x.shape) for x in tensors]
+        for block in exchange.blocks(tensors):
+            for x, rows in zip(whole, block.tensors, strict=True):
+                block.put_rows(x, rows)
+        return [x.flatten(0, 1) for x in whole]
+
+    with exchange.once(mine[1]):
+        for asked, moves in ((mine, [WIDTH, 8]), (mine, [WIDTH]), (mine[1:], []), (mine, [WIDTH])):
+            exchange.widths.clear()
+            found = rows_of(asked)
+            expected = [key, teacher][-len(asked) :]
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+            assert exchange.widths == [moves] * 4
+        assert torch.equal(exchange.gather(mine[1]), teacher)
+    exchange.widths.clear()
+    rows_of(mine)
+    assert exchange.widths == [[WIDTH, 8]] * 4
+    with pytest.raises(ValueError, match="expected constants"), exchange.once(key.requires_grad_()):
+        pass
+
+
 def test_second_derivatives_are_refused() -> None:
-    x, y = unit(ROWS).requires_grad_(), unit(KEYS).requires_grad_()
+    x, key = unit(ROWS).requires_grad_(), unit(RANKS * KEYS)
+    y = own(key).requires_grad_()
     features = inputs.Features(x, y, torch.tensor(3.0), [], [], torch.zeros(0), torch.float32)
-    exchange = Rehearsal([unit(RANKS * KEYS)])
+    exchange = Rehearsal([key])
     labels, sides = torch.arange(ROWS), (True, True, False, False)
     rows, _ = streamed(exchange, features, labels, None, FIRST_ROW, sides, False, "torch")
     assert rows is not None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What travels between ranks: collectives with gradients, features in chunks, waits that end."""
 
+from kdengine.distributed.blocks import Block
 from kdengine.distributed.collectives import (
     Group,
     all_to_all,
@@ -15,7 +16,7 @@ from kdengine.distributed.collectives import (
     scale_gradient,
     world_size,
 )
-from kdengine.distributed.stream import AHEAD, Block, Exchange
+from kdengine.distributed.stream import AHEAD, Exchange, default_chunks
 
 __all__ = [
     "AHEAD",
@@ -25,6 +26,7 @@ __all__ = [
     "all_to_all",
     "average",
     "average_gradient",
+    "default_chunks",
     "gather_constant",
     "gather_numbers",
     "gather_rows",

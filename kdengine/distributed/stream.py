@@ -16,82 +16,35 @@ each owner adds up what the others send in float32: a low precision gradient is 
 rank, whatever W. A reduce-scatter would round its running sum at every hop.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kdengine.distributed import collectives
+from kdengine.distributed.blocks import Block, pack, unpack
 from kdengine.distributed.collectives import Group
 from kdengine.distributed.waits import waiting
 
 # chunks under way at a time
 AHEAD = 2
-# Of the communication one chunk is exposed, so four leave a quarter of it. A chunk has a price: a
-# block of columns costs some ten launches and a merge of row statistics, and below 4096 columns (16
-# tiles of the widest kernel) its products no longer fill a GPU; and a collective passes every rank
-# in turn, so below half a MiB a rank its latency outweighs its bytes (1.5 us at 350 GB/s).
 MAX_CHUNKS, CHUNK_COLS, CHUNK_BYTES = 4, 4096, 512 << 10
 
 
-class Block(NamedTuple):
-    """Rows ``part`` of each of some ranks: those of the first, then those of the next.
+def default_chunks(world_size: int, num_rows: int, num_bytes: int) -> int:
+    """How many chunks ``num_rows`` rows of ``num_bytes`` a rank travel in, unless told otherwise.
 
-    Attributes:
-        rank: whose rows they are, or whose they are not.
-        others: they are those of all the other ranks.
-        world_size: W.
-        part: which of each rank's n rows.
-        tensors: of as many rows each.
+    Of the communication one chunk is exposed, so four leave a quarter of it. A chunk has a price: a
+    block of columns costs some ten launches and a merge of row statistics, and below 4096 columns
+    (16 tiles of the widest kernel) its products no longer fill a GPU; and a collective passes every
+    rank in turn, so below half a MiB a rank its latency outweighs its bytes (1.5 us at 350 GB/s).
     """
-
-    rank: int
-    others: bool
-    world_size: int
-    part: slice
-    tensors: list[Tensor]
-
-    def numbers(self, num_rows: int, device: torch.device) -> Tensor:
-        """The rows' numbers among the n W of all ranks."""
-        row = torch.arange(self.part.start, self.part.stop, device=device)
-        if not self.others:
-            return row + self.rank * num_rows
-        owner = torch.arange(self.world_size - 1, device=device)
-        owner = owner + (owner >= self.rank)
-        return (owner[:, None] * num_rows + row).flatten()
-
-    def places(self, numbers: Tensor, num_rows: int) -> Tensor:
-        """Where in the block the rows of these numbers are; -1 for one that is not in it."""
-        owner, row = numbers.div(num_rows, rounding_mode="floor"), numbers % num_rows
-        inside = (row >= self.part.start) & (row < self.part.stop)
-        if self.others:
-            inside &= (owner >= 0) & (owner < self.world_size) & (owner != self.rank)
-            place = owner - (owner > self.rank).long()
-        else:
-            inside &= owner == self.rank
-            place = torch.zeros_like(owner)
-        size = self.part.stop - self.part.start
-        return torch.where(inside, place * size + row - self.part.start, -1)
-
-    def columns(self, x: Tensor) -> Tensor:
-        """What belongs to the block's rows in the last dimension of x, (..., W n)."""
-        rows = x.unflatten(-1, (self.world_size, -1))[..., self.part]
-        if not self.others:
-            return rows[..., self.rank, :]
-        return torch.cat([rows[..., : self.rank, :], rows[..., self.rank + 1 :, :]], -2).flatten(-2)
-
-    def put_columns(self, x: Tensor, values: Tensor) -> None:
-        """Write the other way round."""
-        rows = x.unflatten(-1, (self.world_size, -1))[..., self.part]
-        if not self.others:
-            rows[..., self.rank, :] = values
-            return
-        values = values.unflatten(-1, (self.world_size - 1, -1))
-        rows[..., : self.rank, :] = values[..., : self.rank, :]
-        rows[..., self.rank + 1 :, :] = values[..., self.rank :, :]
+    by_cols = (world_size - 1) * num_rows // CHUNK_COLS
+    return max(1, min(MAX_CHUNKS, by_cols, num_bytes // CHUNK_BYTES))
 
 
 class Exchange:
@@ -99,7 +52,7 @@ class Exchange:
 
     Args:
         group: the ranks; None for this process alone, which moves nothing.
-        num_chunks: by default up to four, each of 4096 columns and half a MiB a rank or more.
+        num_chunks: by default see ``default_chunks``.
         regather: let features travel again in the backward instead of keeping those of all ranks:
             2 chunks of memory instead of all rows, for as many bytes again.
 
@@ -120,11 +73,36 @@ class Exchange:
                 f"Exchange: the process is one of the group's ranks; rank {dist.get_rank()} of all "
                 "came, which is not; call the loss on the group's ranks only"
             )
+        # by where a constant lies: all ranks' rows of it, (W, n, ...), once they have come
+        self._once: dict[tuple, Tensor | None] = {}
 
     @classmethod
     def over(cls, group: "Group | Exchange") -> "Exchange":
         """The exchange itself, or one with the defaults."""
         return group if isinstance(group, Exchange) else cls(group)
+
+    @contextlib.contextmanager
+    def once(self, *constants: Tensor) -> Iterator[None]:
+        """Inside, these travel once: for the first loss that needs them; others find them here.
+
+        They stay in memory, (W n, ...) each, until the end. Not with ``regather``, which is to
+        keep none.
+
+        Raises: ValueError for one that expects a gradient.
+        """
+        if any(x.requires_grad for x in constants):
+            raise ValueError("Exchange.once: expected constants; a tensor with a gradient came")
+        if self.world_size > 1 and not self.regather:
+            self._once = {_place(x): None for x in constants}
+        try:
+            # the tensors live as long as this frame, and nothing else can lie where they do
+            yield
+        finally:
+            self._once = {}
+
+    def _here(self, x: Tensor) -> Tensor | None:
+        """All ranks' rows of a constant that has travelled, (W, n, ...)."""
+        return self._once.get(_place(x))
 
     def gather_numbers(
         self, numbers: Mapping[str, int], device: torch.device
@@ -138,12 +116,9 @@ class Exchange:
         own = Block(self.rank, False, self.world_size, slice(0, num_rows), [])
         if self.world_size == 1:
             return [own]
-        limits = [
-            MAX_CHUNKS,
-            (self.world_size - 1) * num_rows // CHUNK_COLS,
-            sum(x.nbytes for x in tensors) // CHUNK_BYTES,
-        ]
-        count = min(num_rows, self.num_chunks or max(1, min(limits)))
+        num_bytes = sum(x.nbytes for x in tensors if self._here(x) is None)
+        default = default_chunks(self.world_size, num_rows, num_bytes)
+        count = min(num_rows, self.num_chunks or default)
         edges = [num_rows * i // count for i in range(count + 1)]
         parts = (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
         return [own, *(own._replace(others=True, part=part) for part in parts)]
@@ -155,22 +130,39 @@ class Exchange:
         """
         own, *others = self.outlines(tensors)
         own = own._replace(tensors=[x.detach() for x in tensors])
-        under_way = deque(self._gather(block, own.tensors) for block in others[:AHEAD])
+        here = [self._here(x) for x in own.tensors]
+        moving = [x for x, rows in zip(own.tensors, here, strict=True) if rows is None]
+        # what other losses will find here
+        kept = {
+            n: x.new_empty(self.world_size, *x.shape)
+            for n, x in enumerate(own.tensors)
+            if here[n] is None and _place(x) in self._once
+        }
+        under_way = deque(self._gather(block, moving) for block in others[:AHEAD])
         if not own_last:
             yield own
         for block in [*others[AHEAD:], *[None] * min(AHEAD, len(others))]:
             arrived = under_way.popleft()()
             if block is not None:
-                under_way.append(self._gather(block, own.tensors))
-            yield arrived
+                under_way.append(self._gather(block, moving))
+            moved = iter(arrived.tensors)
+            every = [next(moved) if rows is None else arrived.rows(rows) for rows in here]
+            for n, rows in kept.items():
+                arrived.put_rows(rows, every[n])
+            yield arrived._replace(tensors=every)
         if own_last:
             yield own
+        for n, rows in kept.items():
+            own.put_rows(rows, own.tensors[n])
+            self._once[_place(own.tensors[n])] = rows
 
     def _gather(self, block: Block, tensors: list[Tensor]) -> Callable[[], Block]:
         """Start the all-gather of a chunk; the call that waits for it and unpacks it."""
         part = block.part
         own = [x[part] for x in tensors]
-        sent = _pack(own)
+        if not own:
+            return lambda: block
+        sent = pack(own)
         received = sent.new_empty(self.world_size * len(sent))
         what = f"all-gather of rows {part.start}..{part.stop - 1} of each rank"
         arrived = self._begin(what, dist.all_gather_into_tensor, received, sent)
@@ -180,7 +172,7 @@ class Exchange:
             # the own rows among them are not needed
             by_rank = received.view(self.world_size, -1)
             rest = torch.cat([by_rank[: self.rank], by_rank[self.rank + 1 :]])
-            return block._replace(tensors=_unpack(rest, own))
+            return block._replace(tensors=unpack(rest, own))
 
         return arrive
 
@@ -213,11 +205,15 @@ class Exchange:
         """This rank's rows with those of the others: (n, ...) -> (W n, ...). No gradient."""
         if self.world_size == 1:
             return x
-        received = x.new_empty(self.world_size * len(x), *x.shape[1:])
-        self._begin(
-            f"all-gather of {tuple(x.shape)}", dist.all_gather_into_tensor, received, x.contiguous()
-        )()
-        return received
+        rows = self._here(x)
+        if rows is None:
+            rows = x.new_empty(self.world_size, *x.shape)
+            what = f"all-gather of {tuple(x.shape)}"
+            sent = x.contiguous()
+            self._begin(what, dist.all_gather_into_tensor, rows.flatten(0, 1), sent)()
+        if _place(x) in self._once:
+            self._once[_place(x)] = rows
+        return rows.flatten(0, 1)
 
     def to_owners(self, x: Tensor) -> Tensor:
         """Numbers of everybody's rows to their owners: (F, W n) -> (W, F, n). No gradient."""
@@ -260,21 +256,6 @@ class Exchange:
         return arrived
 
 
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """All numbers in one vector: in their dtype, or as bytes where there are several."""
-    flat = [x.reshape(-1) for x in tensors]
-    if len({x.dtype for x in flat}) > 1:
-        flat = [x.view(torch.uint8) for x in flat]
-    return torch.cat(flat)
-
-
-def _unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of each of several ranks, (ranks, numbers), below each other."""
-    if len(like) == 1:
-        return [packed.reshape(-1, *like[0].shape[1:])]
-    columns = packed.split([x.nbytes // packed.itemsize for x in like], dim=1)
-    # copied: a view of bytes may begin where no number of its dtype can
-    return [
-        part.clone(memory_format=torch.contiguous_format).view(x.dtype).reshape(-1, *x.shape[1:])
-        for part, x in zip(columns, like, strict=True)
-    ]
+def _place(x: Tensor) -> tuple:
+    """Where a tensor lies, which a view of all of it shares."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype

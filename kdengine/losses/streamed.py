@@ -140,6 +140,7 @@ class _Streamed(torch.autograd.Function):
         rows, cols, soft_rows, _ = plan.sides
         row_parts: list[Tensor] = []
         kept: list[Tensor] = []
+        outlines: list[Block] = []
         all_cols = attended = None
         for block in plan.exchange.blocks(plan.travelling()):
             inputs = plan.inputs(block)
@@ -160,13 +161,14 @@ class _Streamed(torch.autograd.Function):
                 attended = _Attended.of(row_stats[0], pulled, named, attended)
             elif any(plan.needs) and not plan.exchange.regather:
                 kept += [*block.tensors, logits]
+                outlines.append(block._replace(tensors=[]))
         assert all_cols is not None
         all_rows = row_parts[0]
         if rows:
             num_teachers = len(teacher_rows) if soft_rows else 0
             sides = merging.unpack(torch.stack(row_parts, 1), plan.means, num_teachers)
             all_rows = merging.pack(merging.merge(sides))
-        ctx.plan = plan
+        ctx.plan, ctx.outlines = plan, outlines
         if attended is not None:
             ctx.save_for_backward(query, scale, attended.pulled, attended.named)
         else:
@@ -183,11 +185,15 @@ class _Streamed(torch.autograd.Function):
             found = [x if need else None for x, need in zip(pair, plan.needs, strict=True)]
             return (*found, None)
         all_rows, all_cols, *kept = ctx.saved_tensors
-        return (*_gradients(plan, (all_rows, all_cols), (grad_rows, grad_cols), kept), None)
+        blocks = _again(plan, ctx.outlines, kept)
+        return (*_gradients(plan, (all_rows, all_cols), (grad_rows, grad_cols), blocks), None)
 
 
 def _gradients(
-    plan: Plan, statistics: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor], kept: list[Tensor]
+    plan: Plan,
+    statistics: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    blocks: Iterator[tuple[Block, Tensor | None]],
 ) -> list[Tensor | None]:
     """Gradients of query, key and scale, None where none is needed."""
     query, key, scale, *_ = plan.features
@@ -204,7 +210,7 @@ def _gradients(
             of_key[part] += arrive()
 
     row_stats, row_grads = plan.raw(statistics[0], soft_rows), plan.raw(grads[0], soft_rows)
-    for block, logits in _again(plan, kept):
+    for block, logits in blocks:
         col_stats, col_grads = (
             plan.raw(block.columns(x) if cols else x, soft_cols) for x in (statistics[1], grads[1])
         )
@@ -230,17 +236,17 @@ def _gradients(
     return [x if need else None for x, need in zip(found, plan.needs, strict=True)]
 
 
-def _again(plan: Plan, kept: list[Tensor]) -> Iterator[tuple[Block, Tensor | None]]:
+def _again(
+    plan: Plan, outlines: list[Block], kept: list[Tensor]
+) -> Iterator[tuple[Block, Tensor | None]]:
     """The blocks, the own one last, and their logits: as they were kept, or gathered again."""
-    own = plan.travelling()
     if plan.exchange.regather:
-        for block in plan.exchange.blocks(own, own_last=True):
+        for block in plan.exchange.blocks(plan.travelling(), own_last=True):
             yield block, None
         return
-    size = len(own) + 1
+    size = len(kept) // len(outlines)
     groups = [kept[i : i + size] for i in range(0, len(kept), size)]
-    blocks = plan.exchange.outlines(own)
-    for block, (*tensors, logits) in [*zip(blocks, groups, strict=True)][::-1]:
+    for block, (*tensors, logits) in [*zip(outlines, groups, strict=True)][::-1]:
         yield block._replace(tensors=tensors), logits
 
 

@@ -4,9 +4,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch.distributed import ProcessGroup
-
 from kdengine import config
+from kdengine.distributed import Exchange, Group
 from kdengine.methods.base import Distillation, Embeddings, Method, joined, teacher_missing
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_kd import ClipKD
@@ -38,7 +37,7 @@ def build_method(
     *,
     student_width: int,
     teacher_widths: Sequence[int],
-    group: ProcessGroup | None = None,
+    group: Group | Exchange = None,
 ) -> Method:
     """Build the configured method.
 
@@ -46,7 +45,7 @@ def build_method(
         method: the configuration; its field named like the method holds the method's own settings.
         student_width: width of the student's embeddings.
         teacher_widths: width of each teacher's, empty without a teacher.
-        group: the ranks that share a batch; None for one process.
+        group: the ranks that share a batch, or how features travel between them.
 
     Raises:
         ValueError: the method needs a teacher and there is none.

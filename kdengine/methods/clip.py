@@ -4,8 +4,8 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import similarity_loss
 from kdengine.methods.base import Method
 from kdengine.models import Features
@@ -16,9 +16,9 @@ class Clip(Method):
 
     needs_teacher = False
 
-    def __init__(self, *, group: ProcessGroup | None = None, backend: str = "auto") -> None:
+    def __init__(self, *, group: Group | Exchange = None, backend: str = "auto") -> None:
         super().__init__({"task": 1.0})
-        self.group, self.backend = group, backend
+        self.exchange, self.backend = Exchange.over(group), backend
 
     def forward(
         self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
@@ -29,7 +29,7 @@ class Clip(Method):
             student.text,
             student.scale,
             normalize=True,
-            group=self.group,
+            group=self.exchange,
             backend=self.backend,
         )
         return {"task": task}

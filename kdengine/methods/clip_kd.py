@@ -39,9 +39,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from kdengine import distributed
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import (
     augmented_feature,
     ensemble,
@@ -55,7 +54,7 @@ from kdengine.losses import (
 from kdengine.losses.quirks import released_gradient
 from kdengine.methods.base import Method
 from kdengine.methods.likeness import Heads
-from kdengine.methods.relational import relational
+from kdengine.methods.relational import relational, unit_features
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
 
@@ -81,7 +80,7 @@ class ClipKD(Method):
         mask_all: all terms see the masked image, from one pass of the student instead of two.
         teacher_features: how FD, ICL, GD and AFD see several teachers, see ``ensemble``.
         reference_quirks: compute what the released code computes, see ``losses.quirks``.
-        group: the ranks that share a batch; None for one process.
+        group: the ranks that share a batch, or how features travel between them.
         backend: backend of the losses.
     """
 
@@ -101,12 +100,13 @@ class ClipKD(Method):
         mask_all: bool = False,
         teacher_features: str = "concat",
         reference_quirks: bool = False,
-        group: ProcessGroup | None = None,
+        group: Group | Exchange = None,
         backend: str = "auto",
     ) -> None:
         self.fd_name = "fd" if fd_reduction == "mean" else f"fd_{fd_reduction}"
         weights = {"task": task, "crd": crd, self.fd_name: fd, "icl": icl, "gd": gd, "afd": afd}
         super().__init__(weights)
+        self.exchange, self.backend = Exchange.over(group), backend
         if mask_ratio and not fd:
             raise ValueError(
                 f"ClipKD: mask_ratio makes FD the masked MFD, but fd is 0; mask_ratio={mask_ratio} "
@@ -114,7 +114,7 @@ class ClipKD(Method):
             )
         if reference_quirks:
             self._check_released(student_width, teacher_widths)
-            if mask_ratio and distributed.rank(group) == 0:
+            if mask_ratio and self.exchange.rank == 0:
                 logger.warning(
                     "ClipKD: mask_ratio=%g is ignored, as the released code ignores it: with "
                     "reference_quirks MFD is FD",
@@ -125,7 +125,6 @@ class ClipKD(Method):
         self.fd_reduction = fd_reduction
         self.mask_ratio, self.mask_all = mask_ratio, mask_all
         self.reference_quirks = reference_quirks
-        self.group, self.backend = group, backend
         self.image_head: nn.Module = nn.Identity()
         self.text_head: nn.Module = nn.Identity()
         uses_features = self._compares() or "afd" in self.weights
@@ -172,7 +171,7 @@ class ClipKD(Method):
             )
         terms: dict[str, Tensor] = {}
         features: dict[str, Tensor] = {}
-        compared = None
+        compared = together = None
         if self._compares() or "afd" in self.weights:
             teacher = self._together(teachers)
         # unit rows are made once, and shared by all terms
@@ -180,17 +179,25 @@ class ClipKD(Method):
             raw = Features(self.image_head(student.image), self.text_head(student.text), student[2])
             compared, features = self._features(raw, teacher, masked)
         is_shared = isinstance(self.image_head, nn.Identity)
-        own = compared if compared and is_shared else _unit(student)
-        theirs = [] if self.weights.keys() <= {"task", self.fd_name} else [*map(_unit, teachers)]
-        if "task" in self.weights or "crd" in self.weights:
-            terms |= self._relational(own, theirs)
+        own = compared if compared and is_shared else unit_features(student)
+        only_own = self.weights.keys() <= {"task", self.fd_name}
+        theirs = [] if only_own else [unit_features(teacher) for teacher in teachers]
         if not self.weights.keys().isdisjoint({"icl", "gd", "afd"}):
-            together = theirs[0] if len(theirs) == 1 else _unit(teacher)
-            terms |= self._compared(compared, together) if compared else {}
+            together = theirs[0] if len(theirs) == 1 else unit_features(teacher)
+        with self.exchange.once(*([together.text.detach()] if together and self._shares() else [])):
+            if "task" in self.weights or "crd" in self.weights:
+                terms |= self._relational(own, theirs)
+            if compared and together:
+                terms |= self._compared(compared, together)
         terms |= features
-        if "afd" in self.weights:
+        if "afd" in self.weights and together:
             terms |= self._fused(own, together)
         return terms
+
+    def _shares(self) -> bool:
+        """Whether several terms have the texts of the teachers as one for keys."""
+        with_relations = {"crd"} if len(self.teacher_widths) == 1 else set()
+        return len(self.weights.keys() & ({"icl", "gd"} | with_relations)) > 1
 
     def _together(self, teachers: Sequence[Features]) -> Features:
         """The teachers as one, whose scale is the mean of theirs."""
@@ -222,7 +229,7 @@ class ClipKD(Method):
     ) -> tuple[Features, dict[str, Tensor]]:
         """Unit rows of the student in the teacher's width, and FD where it has a weight."""
         if self.fd_name not in self.weights:
-            return _unit(student), {}
+            return unit_features(student), {}
         how: dict[str, Any] = {"reduction": self.fd_reduction, "backend": self.backend}
         if masked is None:
             seen, image = unit_feature(student.image, teacher.image, **how)
@@ -235,23 +242,19 @@ class ClipKD(Method):
     def _compared(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """ICL and GD, of unit rows in the teacher's width."""
         terms = {}
+        options: dict[str, Any] = {"group": self.exchange, "backend": self.backend}
         if "icl" in self.weights:
             multiplier = self.interactive_scale()
+            keys = teacher.image.detach(), teacher.text.detach()
             terms["icl"] = interactive_contrastive(
-                student.image,
-                student.text,
-                multiplier,
-                teacher.image.detach(),
-                teacher.text.detach(),
-                group=self.group,
-                backend=self.backend,
+                student.image, student.text, multiplier, *keys, **options
             )
             terms["icl_scale"] = multiplier.detach().squeeze()
         if "gd" in self.weights:
             if self.reference_quirks:
-                terms["gd"] = released_gradient(*student, *teacher, group=self.group)
+                terms["gd"] = released_gradient(*student, *teacher, group=self.exchange)
             else:
-                terms["gd"] = gradient(*student, *teacher, group=self.group, backend=self.backend)
+                terms["gd"] = gradient(*student, *teacher, **options)
         return terms
 
     def _fused(self, student: Features, teacher: Features) -> dict[str, Tensor]:
@@ -265,7 +268,7 @@ class ClipKD(Method):
             teacher.text.to(student.text.dtype).detach(),
             self.image_fusion,
             self.text_fusion,
-            group=self.group,
+            group=self.exchange,
             backend=self.backend,
         )
         return {"afd": loss, "afd_scale": multiplier.detach().squeeze()}
@@ -278,8 +281,7 @@ class ClipKD(Method):
             teachers,
             hard="task" in self.weights,
             soft="crd" in self.weights,
-            normalize=False,
-            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
         if "task" in self.weights:
@@ -302,8 +304,3 @@ class ClipKD(Method):
     def _multiplier(self, log_scale: Tensor) -> Tensor:
         log_scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
         return log_scale if self.reference_quirks else log_scale.clamp(0, LOG_SCALE_MAX).exp()
-
-
-def _unit(features: Features) -> Features:
-    """The same with rows of length 1."""
-    return features._replace(image=unit_rows(features.image), text=unit_rows(features.text))

@@ -4,10 +4,15 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from kdengine.losses import similarity_terms
+from kdengine.distributed import Exchange
+from kdengine.losses import similarity_terms, unit_rows
 from kdengine.models import Features
+
+
+def unit_features(features: Features) -> Features:
+    """The same with rows of length 1, as losses want them."""
+    return Features(unit_rows(features.image), unit_rows(features.text), features.scale)
 
 
 def relational(
@@ -16,19 +21,16 @@ def relational(
     *,
     hard: bool,
     soft: bool,
-    normalize: bool = True,
-    group: ProcessGroup | None,
+    exchange: Exchange,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE and the mean over teachers of the KL to each, both halved over rows and columns.
 
-    Shapes: student embeddings [b, D], embeddings of teacher k [b, E_k]; of unit length without
-    ``normalize``. A term that is switched off is not computed, and is zero.
+    Shapes: unit rows of the student [b, D] and of teacher k [b, E_k]. A term that is switched off
+    is not computed, and is zero.
     """
     found = similarity_terms(
-        student.image,
-        student.text,
-        student.scale,
+        *student,
         teacher_query=[teacher.image for teacher in teachers] if soft else None,
         teacher_key=[teacher.text for teacher in teachers] if soft else None,
         teacher_scale=[teacher.scale for teacher in teachers] if soft else None,
@@ -36,8 +38,7 @@ def relational(
         hard_cols=hard,
         soft_rows=soft,
         soft_cols=soft,
-        normalize=normalize,
-        group=group,
+        group=exchange,
         backend=backend,
     )
     return 0.5 * (found.hard_rows + found.hard_cols), 0.5 * (found.soft_rows + found.soft_cols)

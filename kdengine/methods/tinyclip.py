@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from kdengine.distributed import Exchange, Group
 from kdengine.methods.base import Method
-from kdengine.methods.relational import relational
+from kdengine.methods.relational import relational, unit_features
 from kdengine.models import Features
 
 
@@ -33,7 +33,7 @@ class TinyClip(Method):
         num_teachers: how many teachers; the affinity term is the mean of the KL to each.
         alpha: weight of ``affinity``; ``task`` has the rest.
         scale: multiplier of the cosines of student and teachers; None leaves each its own.
-        group: the ranks that share a batch; None for one process.
+        group: the ranks that share a batch, or how features travel between them.
         backend: backend of the losses.
     """
 
@@ -43,12 +43,12 @@ class TinyClip(Method):
         *,
         alpha: float = 1.0,
         scale: float | None = 50.0,
-        group: ProcessGroup | None = None,
+        group: Group | Exchange = None,
         backend: str = "auto",
     ) -> None:
         super().__init__({"affinity": alpha, "task": 1 - alpha})
         self.num_teachers, self.pinned_scale = num_teachers, scale
-        self.group, self.backend = group, backend
+        self.exchange, self.backend = Exchange.over(group), backend
 
     def forward(
         self, student: Features, teachers: Sequence[Features], masked: Tensor | None = None
@@ -71,11 +71,11 @@ class TinyClip(Method):
             )
             student, *teachers = pinned
         task, mimicked = relational(
-            student,
-            teachers,
+            unit_features(student),
+            [unit_features(teacher) for teacher in teachers],
             hard="task" in self.weights,
             soft=affinity,
-            group=self.group,
+            exchange=self.exchange,
             backend=self.backend,
         )
         if affinity:
