@@ -4,7 +4,8 @@
     python benchmarks/bench_distributed.py [--json FILE] [--cases count emulation exposed model]
 
 * ``count``: bytes sent and FLOPs of products, counted at the calls, against open_clip's losses with
-  ``local_loss`` and ``gather_with_grad``; real gloo ranks on the CPU, gradients compared first.
+  ``local_loss`` and ``gather_with_grad``; CLIP-KD's relational losses against the same each on its
+  own; GD against all rows on every rank. Real gloo ranks on the CPU, gradients compared first.
 * ``emulation``: a rank's share alone, b x N, with an exchange that copies its own rows in place of
   the others'. No communication: it is the compute side, with its blocks and chunks.
 * ``exposed``: real ranks, one a GPU over NCCL; the time of a loss less that of its emulation. On a
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import common, distributed_model, floors, problems, race  # noqa: E402
 from benchmarks.rank_work import (  # noqa: E402
+    COUNTED,
     OBJECTIVES,
     Alone,
     count,
@@ -39,9 +41,14 @@ from benchmarks.rank_work import (  # noqa: E402
 )
 
 CASES = ("count", "emulation", "exposed", "model")
-# of open_clip's, at so many ranks
+# of the other's, at so many ranks
 TARGET_RANKS = 8
-TARGETS = {"InfoNCE": {"bytes": 0.55, "flops": 0.68}, "InfoNCE+CRD": {"bytes": 0.55, "flops": 0.76}}
+TARGETS = {
+    "InfoNCE": {"bytes": 0.55, "flops": 0.68},
+    "InfoNCE+CRD": {"bytes": 0.55, "flops": 0.76},
+    "CLIP-KD": {"bytes": 0.81},
+    "GD": {"flops": 0.126},
+}
 # gradients of both must agree so far, relative
 AGREES = {"float32": 1e-5, "bfloat16": 3e-2}
 
@@ -53,7 +60,7 @@ def count_all(options: argparse.Namespace, journal: common.Journal) -> bool:
         for size in options.sizes:
             base = {"benchmark": "distributed", "case": "count", "dtype": dtype, "size": size}
             base |= {"rows": rows, "width": width}
-            if journal.has({**base, "objective": OBJECTIVES[-1], "backend": "open_clip"}):
+            if journal.has({**base, "objective": COUNTED[-1], "backend": "kdengine"}):
                 continue
             own = {"dtype": dtype, "device": "cpu", "rows": [rows], "width": width}
             own = argparse.Namespace(**vars(options) | own)
@@ -69,8 +76,9 @@ def count_all(options: argparse.Namespace, journal: common.Journal) -> bool:
                     ours["reason"] = "a target is missed" if agrees else "wrong: gradients differ"
                 for row in (ours, theirs):
                     journal.add({**base, **row}, **common.machine(torch.device("cpu")))
-                shown.append([ours["objective"], f"{dtype} W = {size}", *cells(ours, theirs)])
-    columns = ["objective", "ranks", "KiB sent", "open_clip", "ratio", "units", "open_clip"]
+                place = f"{dtype} W = {size}", theirs["backend"]
+                shown.append([ours["objective"], *place, *cells(ours, theirs)])
+    columns = ["objective", "ranks", "other", "KiB sent", "other", "ratio", "units", "other"]
     columns += ["ratio", "gradients differ by"]
     common.show("counted a rank, forward and backward", columns, shown)
     return right

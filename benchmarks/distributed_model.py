@@ -10,7 +10,9 @@ FILE has rows of ``bench_distributed.py --cases emulation``. Assumed:
 * a link: ``Link``, the same for every rank; a collective takes its bytes over the bandwidth and one
   hop's latency for each other rank, as in a ring; collectives of a rank queue up;
 * ours: chunks out while blocks are computed, one all-to-all of column statistics between forward
-  and backward and one of their gradients, both exposed, chunks home while blocks are computed;
+  and backward and one of their gradients, both exposed, chunks home while blocks are computed, by
+  an all-to-all within nodes of eight at the bandwidth of a link, then one between nodes of an
+  eighth of the bytes;
 * open_clip: its gathers, its products (8 U with a teacher, 6 without; at our rate, although no GPU
   could hold its matrices) and its reduce-scatters one after the other;
 * the towers take ``--towers-us`` a sample, data parallel; the sum of their gradients is not in it.
@@ -31,6 +33,7 @@ UNITS = {"InfoNCE": (4, 6), "InfoNCE+CRD": (6, 8)}
 # numbers a column: others, positive, mean, and four of a teacher
 STATISTICS = {"InfoNCE": 3, "InfoNCE+CRD": 7}
 MAX_RANKS = 4096
+PER_NODE = 8
 TOWERS_US = 700.0
 
 
@@ -70,15 +73,19 @@ class Case(NamedTuple):
 
 def num_chunks(case: Case) -> int:
     """What ``Exchange`` takes."""
-    from kdengine.distributed import stream
+    from kdengine.distributed import default_chunks
 
     row_bytes = case.matrices * case.width * case.itemsize
-    limits = (
-        stream.MAX_CHUNKS,
-        (case.ranks - 1) * case.rows // stream.CHUNK_COLS,
-        case.rows * row_bytes // stream.CHUNK_BYTES,
-    )
-    return max(1, min(limits))
+    return default_chunks(case.ranks, case.rows, case.rows * row_bytes)
+
+
+def home_s(case: Case, num_bytes: float, link: Link) -> float:
+    """Seconds in which ``num_bytes`` of each rank's rows get to the owners that add them up."""
+    mates = min(case.ranks, PER_NODE)
+    nodes = case.ranks / mates
+    within = (mates - 1) * nodes * num_bytes / link.bandwidth
+    between = (nodes - 1) * num_bytes / link.all_to_all
+    return within + between + (mates - 1 + nodes - 1) * link.hop_s
 
 
 def ours_s(case: Case, rate: float, link: Link) -> tuple[float, float]:
@@ -90,7 +97,7 @@ def ours_s(case: Case, rate: float, link: Link) -> tuple[float, float]:
     others = (case.ranks - 1) * case.rows * case.width * case.itemsize / chunks
     latency = (case.ranks - 1) * link.hop_s
     out = others * case.matrices / link.bandwidth + latency
-    home = others / link.bandwidth + latency
+    home = home_s(case, case.rows * case.width * case.itemsize / chunks, link)
     own, rest = 1 / case.ranks, (case.ranks - 1) / case.ranks / chunks
     # forward: the own block, then each chunk when it is there
     now = own * forward

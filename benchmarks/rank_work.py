@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import common, counting, peers, problems
-from kdengine import losses, ops
+from kdengine import distributed, losses, ops
 from kdengine.distributed import Exchange
 
 OBJECTIVES = ("InfoNCE", "InfoNCE+CRD")
+COUNTED = (*OBJECTIVES, "CLIP-KD", "GD")
 SCALE = 14.3
 
 
@@ -73,18 +74,63 @@ def engine(x: problems.Inputs, objective: str, backend: str, exchange: Exchange)
     return gradients(problems.engine_loss(losses, x, problems.OBJECTIVES[objective], **options), x)
 
 
+def gradient_distillation(x: problems.Inputs, group: Any) -> list[Tensor]:
+    """GD with a weight that makes its gradients a matter of normal numbers."""
+    pair = x["teacher_image"], x["teacher_text"], problems.TEACHER_SCALE
+    student = x["image"], x["text"], x["scale"]
+    return gradients(1e4 * losses.gradient(*student, *pair, group=group), x)
+
+
+def gathered(x: problems.Inputs) -> list[Tensor]:
+    """GD of all rows on every rank."""
+    world = dist.group.WORLD
+    rows = {n: distributed.gather_rows(v, world) for n, v in x.items() if v.ndim}
+    pair = rows["teacher_image"].detach(), rows["teacher_text"].detach(), problems.TEACHER_SCALE
+    student = rows["image"], rows["text"], x["scale"]
+    return gradients(1e4 * losses.gradient(*student, *pair), x)
+
+
+def recipe(x: problems.Inputs, *, once: bool) -> list[Tensor]:
+    """InfoNCE + CRD + ICL, with the teacher's texts on their way once, or for each loss."""
+    exchange = Exchange(dist.group.WORLD)
+    options = {"group": exchange, "backend": "auto"}
+    with exchange.once(*[x["teacher_text"]] * once):
+        loss = problems.engine_loss(losses, x, problems.OBJECTIVES["CLIP-KD"], **options)
+        return gradients(loss, x)
+
+
+def contenders(
+    objective: str, x: problems.Inputs, setting: dict[str, Any]
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """Ours, and what it is compared with."""
+    if objective == "GD":
+        work = functools.partial(gradient_distillation, x, dist.group.WORLD)
+        return {"kdengine": work, "all rows on every rank": functools.partial(gathered, x)}
+    if objective == "CLIP-KD":
+        ways = {"kdengine": True, "each loss alone": False}
+        return {name: functools.partial(recipe, x, once=once) for name, once in ways.items()}
+    homes = {"kdengine": losses, "open_clip": peers.open_clip_losses()}
+    return {
+        name: functools.partial(open_clip, x, home, objective, **setting)
+        for name, home in homes.items()
+    }
+
+
 def count(rank: int, world_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bytes and FLOPs of this rank, ours and open_clip's."""
+    """Bytes and FLOPs of this rank, ours and another's, objective by objective."""
     rows = []
     setting = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": world_size}
     # small matrices would be kept; these stand for large ones, which are made again
     ops.set_workspace(1 << 20)
-    for objective in OBJECTIVES:
-        x = inputs_of(options, objective, options.rows[0], rank)
+    for objective in COUNTED:
+        like = "InfoNCE+CRD" if objective == "GD" else objective
+        x = inputs_of(options, like, options.rows[0], rank)
         found = {}
-        for backend, home in (("kdengine", losses), ("open_clip", peers.open_clip_losses())):
+        for backend, work in contenders(objective, x, setting).items():
             with counting.counting() as counts:
-                found[backend] = open_clip(x, home, objective, **setting)
+                found[backend] = work()
+            # a rank's part of the scale's gradient may be that of its value, or another
+            found[backend][2] = distributed.average(found[backend][2], dist.group.WORLD)
             unit = 2 * options.rows[0] ** 2 * world_size * options.width
             values = {"flops": counts.flops, "units": counts.flops / unit}
             values |= {"bytes": counts.bytes.total(), "by_collective": dict(counts.bytes)}

@@ -213,7 +213,10 @@ def build_engine(
         student_width=student.spec.embed_dim,
         teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
         group=Exchange(
-            me.group, num_chunks=config.train.num_chunks, regather=config.train.regather
+            me.group,
+            num_chunks=config.train.num_chunks,
+            regather=config.train.regather,
+            per_node=me.per_node(),
         ),
     )
     if method_weights is not None:

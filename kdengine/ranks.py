@@ -64,6 +64,18 @@ class Ranks:
         """The group for losses that span ranks; None for one process."""
         return dist.group.WORLD if self.world_size > 1 else None
 
+    def per_node(self) -> int:
+        """Ranks of a node, where each has as many and they are numbered node by node; else 0."""
+        if self.world_size == 1:
+            return 1
+        size = local_size()
+        if self.world_size % size or self.rank % size != self.local_rank:
+            size = 0
+        seen = torch.tensor([size, -size], device=self.device)
+        dist.all_reduce(seen, dist.ReduceOp.MIN)
+        least, most = seen.tolist()
+        return least if least == -most else 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -241,8 +253,12 @@ def current() -> Ranks:
 def share_cores() -> None:
     """Give each CPU rank of this machine its share of the cores, unless the user has decided."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
+
+
+def local_size() -> int:
+    """Ranks of this machine, by the launcher's word; 1 without one."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -354,10 +354,10 @@ def two_ranks(run_ranks: Callable[..., list[Any]]) -> list[Any]:
 
 def test_a_constant_of_several_losses_travels_once(two_ranks: list[Any]) -> None:
     pair, number = 3 * 8, 8
-    # ICL alone: student's text, teacher's text and image, and each time seven sizes
-    alone = pair * (8 + 5 + 5) + 3 * 7 * number
+    # ICL alone: student's text, teacher's text and image, and each time eight sizes
+    alone = pair * (8 + 5 + 5) + 3 * 8 * number
     # GD's texts, upstream gradients; log-sum-exps of both, means of the student; sizes
-    more = pair * (5 + 5) + pair * (2 + 2 + 1) + 4 * number
+    more = pair * (5 + 5) + pair * (2 + 2 + 1) + 5 * number
     # kept nowhere: CRD's keys twice, and the teacher's text for ICL
     again = pair * (8 + 5) + pair * 5
     for _, counted in two_ranks:

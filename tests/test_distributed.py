@@ -19,7 +19,7 @@ WORLDS = [1, 2, 3, 4]
 # how the features travel; 5 rows a rank go in chunks of 2, 1, 2 or of one
 WAYS: dict[str, dict] = {
     "one chunk": {},
-    "3 chunks": {"num_chunks": 3},
+    "3 chunks, 2 ranks a node": {"num_chunks": 3, "per_node": 2},
     "9 chunks, again in the backward": {"num_chunks": 9, "regather": True},
 }
 ALL = {"hard_rows": 0.3, "hard_cols": 0.9, "soft_rows": 1.1, "soft_cols": 0.4}
@@ -148,12 +148,16 @@ def rank_everything(rank: int, world_size: int) -> dict:
     teacher = [part(x, rank, world_size) for x in gd_teacher(world_size)]
     for dtype in (torch.float64, torch.float32):
         found["gradient", dtype] = [
-            gd_of_rank([image, text, *teacher], dtype, distributed.Exchange(group, regather=again))
+            gd_of_rank(
+                [image, text, *teacher],
+                dtype,
+                distributed.Exchange(group, regather=again, per_node=2),
+            )
             for again in (False, True, False)
         ]
 
     low = [x.bfloat16().requires_grad_() for x in (image, text)]
-    loss = losses.info_nce(*low, SCALE, group=group)
+    loss = losses.info_nce(*low, SCALE, group=distributed.Exchange(group, per_node=2))
     found["bfloat16"] = [loss.detach(), *torch.autograd.grad(loss, low)]
 
     x = torch.full((2, 3), float(rank)).T.requires_grad_()

@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from kdengine import losses, reference
 from kdengine.distributed import Exchange, waits
 from kdengine.losses import streamed
+from kdengine.ranks import Ranks
 
 ROWS, WIDTH, TEACHER_WIDTH, SCALE, TEACHER_SCALE = 24, 16, 12, 14.3, 30.0
 WORLDS = [1, 2, 4]
-WAYS: list[dict] = [{}, {"num_chunks": 4}, {"num_chunks": 2, "regather": True}]
+WAYS: list[dict] = [{}, {"num_chunks": 4}, {"num_chunks": 2, "regather": True, "per_node": 2}]
 WEIGHTS = {"hard_rows": 0.5, "hard_cols": 0.5, "soft_rows": 0.7, "soft_cols": 0.3}
 
 
@@ -168,6 +169,10 @@ def rank_everything(rank: int, world_size: int) -> dict:
                 losses.info_nce(x, y, SCALE, group=group), (x, y), create_graph=True
             )
     if world_size == 4:
+        os.environ["LOCAL_SIZE"] = "2"
+        numbers = rank % 2, rank // 2
+        places = (Ranks(rank, world_size, n, image.device) for n in numbers)
+        found["per node"] = [place.per_node() for place in places]
         # groups of two and three ranks, whose numbers differ from those of the world
         pairs = [dist.new_group([3, 1]), dist.new_group([0, 2])]
         pair, three = pairs[rank % 2 == 0], dist.new_group([0, 1, 3])
@@ -258,6 +263,10 @@ def test_a_group_need_not_be_the_world(ranks) -> None:
         near(found, truth(whole(2, seed=1)), 1e-6)
     near(merged([results[r]["three"] for r in (0, 1, 3)]), truth(whole(3, seed=2)), 1e-6)
     assert "rank 2 of all came, which is not" in results[2]["outside"]
+
+
+def test_nodes_are_known_where_ranks_are_numbered_node_by_node(ranks) -> None:
+    assert [result["per node"] for result in ranks(4)] == [[2, 0]] * 4
 
 
 def test_places_and_numbers_of_a_block_are_each_others_inverse() -> None:

@@ -11,12 +11,11 @@ chunk comes, and their gradient is made while the last one goes home. Student an
 one buffer, a collective a chunk.
 
 Bytes that a rank sends, n rows of d bytes on each of W ranks: (W - 1) n d out, and (W - 1) n d_k
-home, d_k the bytes of a row that has a gradient. Gradients travel in the dtype of their rows, and
-each owner adds up what the others send in float32: a low precision gradient is rounded once on each
-rank, whatever W. A reduce-scatter would round its running sum at every hop.
+home, d_k the bytes of a row that has a gradient; the way home is ``homeward.py``'s.
 """
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,8 +27,10 @@ from torch import Tensor
 from kdengine.distributed import collectives
 from kdengine.distributed.blocks import Block, pack, unpack
 from kdengine.distributed.collectives import Group
+from kdengine.distributed.homeward import Homeward, Nodes
 from kdengine.distributed.waits import waiting
 
+NAMES = {"all_gather_into_tensor": "all-gather", "all_to_all_single": "all-to-all"}
 # chunks under way at a time
 AHEAD = 2
 MAX_CHUNKS, CHUNK_COLS, CHUNK_BYTES = 4, 4096, 512 << 10
@@ -55,6 +56,8 @@ class Exchange:
         num_chunks: by default see ``default_chunks``.
         regather: let features travel again in the backward instead of keeping those of all ranks:
             2 chunks of memory instead of all rows, for as many bytes again.
+        per_node: ranks of a node, numbered node by node, that add up gradients before one of them
+            sends the sum to another node; 0 where that is not known.
 
     All ranks choose the same.
 
@@ -62,11 +65,17 @@ class Exchange:
     """
 
     def __init__(
-        self, group: Group, *, num_chunks: int | None = None, regather: bool = False
+        self,
+        group: Group,
+        *,
+        num_chunks: int | None = None,
+        regather: bool = False,
+        per_node: int = 0,
     ) -> None:
         if num_chunks is not None and num_chunks < 1:
             raise ValueError(f"Exchange: num_chunks is 1 or more; {num_chunks} came")
         self.group, self.num_chunks, self.regather = group, num_chunks, regather
+        self.per_node = per_node
         self.world_size, self.rank = collectives.world_size(group), collectives.rank(group)
         if self.rank < 0:
             raise ValueError(
@@ -164,7 +173,7 @@ class Exchange:
             return lambda: block
         sent = pack(own)
         received = sent.new_empty(self.world_size * len(sent))
-        what = f"all-gather of rows {part.start}..{part.stop - 1} of each rank"
+        what = f"rows {part.start}..{part.stop - 1} of each rank"
         arrived = self._begin(what, dist.all_gather_into_tensor, received, sent)
 
         def arrive() -> Block:
@@ -176,30 +185,15 @@ class Exchange:
 
         return arrive
 
-    def start_home(self, gradient: Tensor, part: slice) -> Callable[[], Tensor]:
-        """Send the gradient of a chunk's rows to their owners.
+    def start_home(self, gradient: Tensor, part: slice) -> Homeward:
+        """Send the gradient of a chunk's rows to their owners; in its dtype.
 
-        Shapes: gradient ((W - 1) len(part), D), as the rows of a chunk lie.
-        Returns: a call that waits, and returns (len(part), D), float64 or float32: what the others
-        say about this rank's rows, added up.
+        Shapes: gradient ((W - 1) len(part), D), as the rows of a chunk lie. What comes in the end:
+        (len(part), D), float64 or float32, what the others say about this rank's rows, added up.
         """
-        size = part.stop - part.start
-        # what this rank itself has to say about its rows does not travel
-        counts = [0 if r == self.rank else size for r in range(self.world_size)]
-        received = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        what = f"all-to-all of the gradient of rows {part.start}..{part.stop - 1} of each rank"
-        arrived = self._begin(
-            *(what, dist.all_to_all_single, received, gradient.contiguous()),
-            output_split_sizes=counts,
-            input_split_sizes=counts,
-        )
-
-        def arrive() -> Tensor:
-            arrived()
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            return received.unflatten(0, (-1, size)).sum(0, dtype=dtype)
-
-        return arrive
+        what = f"the gradient of rows {part.start}..{part.stop - 1} of each rank"
+        size, nodes = part.stop - part.start, Nodes.of(self.rank, self.world_size, self.per_node)
+        return Homeward(nodes, functools.partial(self._begin, what), gradient, size)
 
     def gather(self, x: Tensor) -> Tensor:
         """This rank's rows with those of the others: (n, ...) -> (W n, ...). No gradient."""
@@ -208,7 +202,7 @@ class Exchange:
         rows = self._here(x)
         if rows is None:
             rows = x.new_empty(self.world_size, *x.shape)
-            what = f"all-gather of {tuple(x.shape)}"
+            what = str(tuple(x.shape))
             sent = x.contiguous()
             self._begin(what, dist.all_gather_into_tensor, rows.flatten(0, 1), sent)()
         if _place(x) in self._once:
@@ -221,7 +215,7 @@ class Exchange:
         if self.world_size == 1:
             return sent
         received = torch.empty_like(sent)
-        what = f"all-to-all of {tuple(sent.shape)}"
+        what = str(tuple(sent.shape))
         self._begin(what, dist.all_to_all_single, received, sent)()
         return received
 
@@ -234,15 +228,14 @@ class Exchange:
             return x
         size = len(x) // self.world_size
         before, own, after = x.tensor_split([self.rank * size, (self.rank + 1) * size])
-        arrive = self.start_home(torch.cat([before, after]).to(dtype), slice(0, len(own)))
-        others = arrive()
+        others = self.start_home(torch.cat([before, after]).to(dtype), slice(0, size)).arrive()
         return others + own.to(others.dtype)
 
     def _begin(
         self, what: str, collective: Callable, received: Tensor, sent: Tensor, **options: Any
     ) -> Callable[[], None]:
         """Start a collective; the call that waits for it."""
-        group = self.group
+        group, what = self.group, f"{NAMES[collective.__name__]} of {what}"
         assert group is not None
         with waiting(what, group):
             work = collective(received, sent, group=group, async_op=True, **options)

@@ -136,6 +136,7 @@ def check_pairs(
         ),
         "gradient of what travels": int(learns),
         "regather": int(exchange.regather),
+        "per_node": exchange.per_node,
     }
     by_name = exchange.gather_numbers(numbers, image.device)
     distributed.require_even(who, "image", by_name.pop("image"))

@@ -43,6 +43,7 @@ def lay_out(
         "given labels": given[0] + 2 * given[1],
         "num_chunks": exchange.num_chunks or 0,
         "regather": int(exchange.regather),
+        "per_node": exchange.per_node,
     }
     by_name = exchange.gather_numbers(numbers, query.device)
     all_cols = by_name.pop("key")

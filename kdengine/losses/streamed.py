@@ -206,8 +206,8 @@ def _gradients(
 
     def come_home(limit: int) -> None:
         while len(going) > limit:
-            part, arrive = going.popleft()
-            of_key[part] += arrive()
+            part, gradient = going.popleft()
+            of_key[part] += gradient.arrive()
 
     row_stats, row_grads = plan.raw(statistics[0], soft_rows), plan.raw(grads[0], soft_rows)
     for block, logits in blocks:
@@ -226,6 +226,8 @@ def _gradients(
             of_query += by_query
         if plan.needs[2]:
             of_scale += by_scale
+        for _, gradient in going:
+            gradient.advance()
         if plan.needs[1] and block.others:
             come_home(AHEAD - 1)
             going.append((block.part, plan.exchange.start_home(by_key, block.part)))

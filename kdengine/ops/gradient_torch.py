@@ -58,7 +58,8 @@ def backward(
         a.addcmul_(col_p, h[here].sub_(cols[1])).div_(2)
         g = row_p.add_(col_p).div_(2)
         g[positives], a[positives] = diagonals[0, strip], diagonals[1, strip]
-        g_r[strip], a_y[strip] = g @ r, a @ y
+        torch.mm(g, r, out=g_r[strip])
+        torch.mm(a, y, out=a_y[strip])
         g_u.addmm_(g.mT, u[strip])
         a_x.addmm_(a.mT, x[strip])
     return g_r, a_y, g_u, a_x
