@@ -25,8 +25,8 @@ class Nodes(NamedTuple):
     """Ranks node by node; one node where their size is not known, or does not divide W."""
 
     rank: int
-    count: int
-    size: int
+    num_nodes: int
+    per_node: int
 
     @classmethod
     def of(cls, rank: int, world_size: int, per_node: int) -> "Nodes":
@@ -37,13 +37,14 @@ class Nodes(NamedTuple):
 
     def mates(self, count: int) -> list[int]:
         """By rank, ``count`` for those of this node, this rank too."""
-        node = self.rank // self.size
-        return [count * (r // self.size == node) for r in range(self.count * self.size)]
+        return [count * (r // self.per_node == self.rank // self.per_node) for r in self._all()]
 
     def peers(self, count: int) -> list[int]:
         """By rank, ``count`` for those of this number in their node, this rank too."""
-        number = self.rank % self.size
-        return [count * (r % self.size == number) for r in range(self.count * self.size)]
+        return [count * (r % self.per_node == self.rank % self.per_node) for r in self._all()]
+
+    def _all(self) -> range:
+        return range(self.num_nodes * self.per_node)
 
 
 class Homeward:
@@ -61,22 +62,21 @@ class Homeward:
     ) -> None:
         self.nodes, self.begin, self.dtype = nodes, begin, gradient.dtype
         width = gradient.shape[1]
-        if nodes.count == 1:
+        if nodes.num_nodes == 1:
             counts = nodes.mates(size)
             # what this rank itself has to say about its rows does not travel
             counts[nodes.rank] = 0
             sent = gradient.contiguous()
         else:
-            counts = nodes.mates(size * nodes.count)
+            counts = nodes.mates(size * nodes.num_nodes)
             before, after = gradient.tensor_split([nodes.rank * size])
             every = torch.cat([before, gradient.new_zeros(size, width), after])
             # by number within a node, then by node
-            sent = (
-                every.view(nodes.count, nodes.size, size, width).transpose(0, 1).reshape(-1, width)
-            )
-        self.shape = (-1, nodes.count, size, width)
+            by_node = every.view(nodes.num_nodes, nodes.per_node, size, width)
+            sent = by_node.transpose(0, 1).reshape(-1, width)
+        self.shape = (-1, nodes.num_nodes, size, width)
         self.received, self.arrived = self._start(sent, counts)
-        self.is_last_leg = nodes.count == 1
+        self.is_last_leg = nodes.num_nodes == 1
 
     def _start(self, sent: Tensor, counts: list[int]) -> tuple[Tensor, Callable[[], None]]:
         received = torch.empty_like(sent)
