@@ -1,14 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module kdengine._C. Tensors come as addresses, so that no torch header is needed.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "feature.h"
+#include "similarity.h"
 
 namespace py = pybind11;
 using namespace kdengine;
 
 template <typename Place>
+void bind_similarity(py::module_& m) {
+  using Many = const Matrices&;
+  using One = const Matrix&;
+  m.def("similarity_statistics",
+        py::overload_cast<Many, Many, Many, Many, Place>(&similarity_statistics),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("similarity_finalise", py::overload_cast<Many, Many, bool, Place>(&similarity_finalise),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("similarity_gradient",
+        py::overload_cast<Many, Many, Many, One, One, One, Place>(&similarity_gradient),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+template <typename Place>
 void bind_ops(py::module_& m) {
+  bind_similarity<Place>(m);
   using In = const Matrix&;
   m.def("feature_forward", py::overload_cast<In, In, In, In, bool, Place>(&feature_forward),
         py::call_guard<py::gil_scoped_release>());
@@ -22,13 +39,16 @@ PYBIND11_MODULE(_C, m) {
       .value("float64", Dtype::f64)
       .value("float32", Dtype::f32)
       .value("bfloat16", Dtype::bf16)
-      .value("float16", Dtype::f16);
+      .value("float16", Dtype::f16)
+      .value("int32", Dtype::i32);
   py::class_<Matrix>(m, "Matrix")
       .def(py::init([](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, Dtype dtype) {
         return Matrix{reinterpret_cast<void*>(data), rows, cols, stride, dtype};
       }));
   py::class_<Cpu>(m, "Cpu").def(py::init<int>(), py::arg("threads"));
   bind_ops<Cpu>(m);
+  py::class_<Emulated>(m, "Emulated").def(py::init<bool>(), py::arg("late"));
+  bind_similarity<Emulated>(m);
 #ifdef KDENGINE_WITH_CUDA
   py::class_<Cuda>(m, "Cuda").def(py::init<uintptr_t>(), py::arg("stream"));
   bind_ops<Cuda>(m);

@@ -11,11 +11,16 @@
 
 namespace kdengine {
 
-enum class Dtype { f64, f32, bf16, f16 };
+enum class Dtype { f64, f32, bf16, f16, i32 };
 
 inline const char* name_of(Dtype dtype) {
-  static const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int32"};
   return names[static_cast<int>(dtype)];
+}
+
+inline int64_t size_of(Dtype dtype) {
+  static const int64_t sizes[] = {8, 4, 2, 2, 4};
+  return sizes[static_cast<int>(dtype)];
 }
 
 // Row-major: element (i, j) is data[i * stride + j].

@@ -23,6 +23,7 @@ BACKENDS = ("auto", "cuda", "triton", "torch")
 MODULES = {
     ("similarity", "torch"): "kdengine.ops.similarity_torch",
     ("similarity", "triton"): "kdengine_kernels.similarity",
+    ("similarity", "cuda"): "kdengine.ops.similarity_cuda",
     ("similarity_rows", "torch"): "kdengine.ops.similarity_rows_torch",
     ("similarity_rows", "triton"): "kdengine_kernels.similarity_rows",
     ("terms", "triton"): "kdengine_kernels.terms",

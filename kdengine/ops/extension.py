@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,26 +37,33 @@ def why_not(device: str) -> str | None:
     return None
 
 
-def call(name: str, *args: Tensor | bool) -> None:
+def call(name: str, *args: Tensor | Sequence[Tensor] | bool) -> None:
     """Run a function of the extension where its first tensor lies.
 
-    Tensors have one or two dimensions and neighbouring elements in a row; results among them are
+    Tensors have at most two dimensions and neighbouring elements in a row; results among them are
     written. On a GPU it runs on the current stream, on the CPU on torch's number of threads.
     """
     module = load()
     # addresses keep no tensor alive: ``args`` does, until the call is over
-    taken = [_matrix(module, x) if isinstance(x, Tensor) else x for x in args]
-    first = args[0]
+    taken = [_taken(module, x) for x in args]
+    first = args[0][0] if isinstance(args[0], Sequence) else args[0]
     assert isinstance(first, Tensor)
-    if first.is_cuda:
-        place = module.Cuda(torch.cuda.current_stream(first.device).cuda_stream)
-    else:
-        place = module.Cpu(torch.get_num_threads())
-    getattr(module, name)(*taken, place)
+    getattr(module, name)(*taken, place(module, first.device))
 
 
-def _matrix(module: ModuleType, x: Tensor) -> Any:
-    x = x[None] if x.dim() == 1 else x
+def place(module: ModuleType, device: torch.device) -> Any:
+    """Where the extension runs for tensors of a device."""
+    if device.type == "cuda":
+        return module.Cuda(torch.cuda.current_stream(device).cuda_stream)
+    return module.Cpu(torch.get_num_threads())
+
+
+def _taken(module: ModuleType, x: Tensor | Sequence[Tensor] | bool) -> Any:
+    if isinstance(x, Sequence):
+        return [_taken(module, one) for one in x]
+    if not isinstance(x, Tensor):
+        return x
+    x = x.reshape(1, -1) if x.dim() < 2 else x
     assert x.shape[1] <= 1 or x.stride(1) == 1
     dtype = getattr(module.Dtype, str(x.dtype).removeprefix("torch."))
     return module.Matrix(x.data_ptr(), *x.shape, x.stride(0), dtype)
