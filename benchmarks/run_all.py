@@ -9,8 +9,8 @@ is a process of its own with a time of its own; one that crashes or hangs is sta
 the row where it did, so nothing stops what follows. DIR gets each row when it is measured, and the
 log of everything.
 
-DIR: environment.json, log.txt, smoke.jsonl, tests.xml, similarity.jsonl, feature.jsonl, data.jsonl,
-step.jsonl, distributed.jsonl, distributed.svg, summary.txt.
+DIR: environment.json, log.txt, smoke.jsonl, tests.xml, similarity.jsonl, feature.jsonl,
+assign.jsonl, data.jsonl, step.jsonl, distributed.jsonl, distributed.svg, summary.txt.
 """
 
 import argparse
@@ -33,13 +33,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from benchmarks import common, peers, race  # noqa: E402
 from kdengine.ops import extension  # noqa: E402
 
-PARTS = ("smoke", "tests", "similarity", "feature", "distributed", "data", "step")
+PARTS = ("smoke", "tests", "similarity", "feature", "assign", "distributed", "data", "step")
 # seconds that the parts before leave to a part
-KEPT_S = {"similarity": 30.0, "feature": 30.0, "distributed": 45.0, "data": 45.0, "step": 60.0}
+KEPT_S = {"similarity": 30.0, "feature": 30.0, "assign": 20.0, "distributed": 45.0}
+KEPT_S |= {"data": 45.0, "step": 60.0}
 # seconds: of what is silent for so long; kept for writing the summary; of the least useful part
 SILENCE_S, SUMMARY_S, LEAST_S = 120.0, 5.0, 10.0
 MAX_STARTS = 8
-KERNEL_TESTS = ("test_kernels", "test_losses")
+KERNEL_TESTS = ("test_kernels", "test_assign", "test_losses")
 OTHER_PACKAGES = ("rich", "numpy", "pytest", "deepspeed", "memeff", "inf_cl", "liger_kernel")
 OTHER_PACKAGES += ("cut_cross_entropy", "fla_core", "flash_linear_attention")
 
@@ -157,6 +158,7 @@ def parts_of(names: Sequence[str], out: Path) -> list[Part]:
     tests += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "timeout=60"]
     tests += [f"--junitxml={out / 'tests.xml'}"]
     small = [] if is_gpu else ["--rows", "128", "--seconds", "0.2", "--threads", "1"]
+    few_keys = [] if is_gpu else [*small, "--keys", "256", "--width", "64"]
     ranks = ["--plot", str(out / "distributed.svg")]
     if not is_gpu:
         ranks += ["--sizes", "2", "--counted", "512", "64", "--seconds", "0.1"]
@@ -171,6 +173,7 @@ def parts_of(names: Sequence[str], out: Path) -> list[Part]:
         "tests": Part("tests", tests, 150, 0, False),
         "similarity": Part("similarity", ["benchmarks/bench_similarity.py", *small], 480, 0, True),
         "feature": Part("feature", ["benchmarks/bench_feature.py", *small], 60, 0, True),
+        "assign": Part("assign", ["benchmarks/bench_assign.py", *few_keys], 60, 0, True),
         "distributed": Part(
             "distributed", ["benchmarks/bench_distributed.py", *ranks], 90, 0, True
         ),
@@ -229,6 +232,9 @@ def summary(out: Path) -> list[tuple[bool, str]]:
                 both = row["forward_backward"]["median_ms"]
                 kernel = row["backend"].split()[0] in ("triton", "cuda")
                 lines.append((kernel, f"{path.stem}: {what}: {both:.3f} ms {told}"))
+            elif "time" in row:
+                told = f"{row['time']['median_ms']:.3f} ms vs eager {row['time_vs_eager']:.2f}"
+                lines.append((row["backend"] == "triton", f"{path.stem}: {what}: {told}"))
             elif "loss_ms" in row:
                 told = f"W = {row['size']} {row['loss_ms']:.3f} ms"
                 told += f" exposed {row['exposed_ms']:.3f} ms" if "exposed_ms" in row else ""

@@ -39,6 +39,7 @@ LINES = {
     "kdengine.arguments": 1,
     "kdengine.stages": 2,
     "kdengine.reference": 0,
+    "kdengine.reference_assign": 0,
     "kdengine.config": 0,
     "kdengine.log": 0,
     "kdengine.options": 0,
@@ -59,7 +60,8 @@ WALLS = {
     "sklearn": ("kdengine.evaluate.probe",),
     "onnxruntime": ("kdengine.models.onnx",),
 }
-ONLY = {"kdengine.reference": {"torch"}, "kdengine.config": set()}
+ONLY = {"kdengine.reference": {"torch"}, "kdengine.reference_assign": {"torch"}}
+ONLY |= {"kdengine.config": set()}
 HEAVY = ("triton", "deepspeed", "nvidia.dali", "open_clip")
 
 

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_feature, bench_similarity, common, plot, problems, race, run_all
+from benchmarks import (
+    bench_assign,
+    bench_feature,
+    bench_similarity,
+    common,
+    plot,
+    problems,
+    race,
+    run_all,
+)
+from kdengine import ops
 from kdengine.ops import extension, feature_torch, similarity_torch
 from kdengine_kernels import similarity as kernels
 
@@ -85,6 +95,30 @@ def test_a_wrong_kernel_gets_no_time(
     assert not any("forward_backward" in row for row in ours)
     assert others and all("forward_backward" in row for row in others)
     assert "no time for torch: wrong" in capsys.readouterr().out
+
+
+def test_a_wrong_assignment_gets_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--rows", "64", "--keys", "128", "--width", "16", *SMALL]
+    right = tmp_path / "right.jsonl"
+    assert bench_assign.main([*arguments, "--json", str(right)]) == 0
+    rows = rows_of(right)
+    assert {row["case"] for row in rows} == set(bench_assign.CASES)
+    assert {row["backend"] for row in rows} == {"torch", "eager", "faiss"}
+    assert all(row["time"]["median_ms"] > 0 and row["agreement"] > 0.9 for row in rows)
+    monkeypatch.setattr(
+        bench_assign.ops,
+        "assign",
+        lambda x, key, count, backend: ops.Assignment(
+            torch.zeros(len(x), count, dtype=torch.int64), torch.zeros(len(x), count)
+        ),
+    )
+    wrong = tmp_path / "wrong.jsonl"
+    assert bench_assign.main([*arguments, "--json", str(wrong)]) == race.WRONG
+    ours = [row for row in rows_of(wrong) if row["backend"] == "torch"]
+    assert ["time" in row for row in ours] == [False, False, True]
+    assert "no time for torch, nearest: wrong" in capsys.readouterr().out
 
 
 def test_a_peer_that_raises_costs_its_row_only(

@@ -2,7 +2,8 @@
 """Which backend runs an op: one table and one function.
 
 A backend of an op is a module with plain functions, ``forward`` and where the op has one
-``backward``, of the same signatures in every backend. A new one is one more entry in ``MODULES``.
+``backward`` (``nearest`` and ``pairs`` for ``assign``), of the same signatures in every backend. A
+new one is one more entry in ``MODULES``.
 """
 
 import contextlib
@@ -32,6 +33,8 @@ MODULES = {
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
     ("feature", "cuda"): "kdengine.ops.feature_cuda",
+    ("assign", "torch"): "kdengine.ops.assign_torch",
+    ("assign", "triton"): "kdengine_kernels.assign",
 }
 # bytes of the strips, partial sums and kept logits of one call: on a CPU what its cache holds, on a
 # GPU enough to fill it

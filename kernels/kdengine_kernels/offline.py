@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdengine_kernels.assign import SHORT, _nearest_kernel, _pairs_kernel
 from kdengine_kernels.gradient import _pulls_kernel
 from kdengine_kernels.similarity_attend import _attend_kernel
 from kdengine_kernels.similarity_finalise import _finalise_kernel
@@ -36,8 +37,9 @@ from kdengine_kernels.tuning import TABLE, Config
 CAPABILITY = 90
 WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
-INT64 = {"labels", "row_labels", "col_labels"}
-SIZE = re.compile(r"(num|first|end|all)_\w+|\w+_(stride|slot|limit)")
+INT32 = {"flag", "index", "first", "second"}
+INT64 = {"labels", "row_labels", "col_labels", "starts", "counts"}
+SIZE = re.compile(r"(num|first|end|all)_\w+|\w+_(stride|slot|limit)|part_cols")
 # of strips, whose rows begin at multiples of 16 elements
 ALIGNED = {"out_stride", "logits_stride"}
 
@@ -66,6 +68,14 @@ def cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
     """Each entry of the table with its kernel and flags, the rare repetitions included."""
     for (kind, itemsize), blocks in TABLE.items():
         for dtype in DTYPES[itemsize]:
+            if kind.startswith("nearest"):
+                slots = 128 if kind == "nearest_many" else SHORT
+                yield kind, dtype, blocks, _nearest_kernel, {"SLOTS": slots}
+                continue
+            if kind.endswith("pairs"):
+                fill = kind == "write_pairs"
+                yield kind, dtype, blocks, _pairs_kernel, {"FILL": fill, "TRIANGLE": True}
+                continue
             if kind == "pulls":
                 if dtype != "fp16":
                     yield kind, dtype, blocks, _pulls_kernel, {}
@@ -157,7 +167,7 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
         elif name in INT64:
             signature[name] = "*i64"
         else:
-            signature[name] = "*i32" if name == "flag" else "*fp32"
+            signature[name] = "*i32" if name in INT32 else "*fp32"
     aligned: dict[Any, Any] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)

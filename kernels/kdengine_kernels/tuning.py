@@ -33,6 +33,8 @@ class Config(NamedTuple):
 #   attend                        exponentials of rows, for a product with constant keys
 #   pulls                         both strips of the op gradient
 #   gradient, dual_gradient       the strip without and with a teacher in it
+#   nearest, nearest_many         short and long lists of the greatest of a row
+#   pairs, write_pairs            the passes of a range-join that count and that write
 #   targets, more_targets         the first teacher's part alone, and further ones added to it
 #   residual_gradient             the student added to them
 # the same with "_exact" are what a raised flag asks for: rare, so safe rather than fast
@@ -51,6 +53,14 @@ TABLE = {
     ("attend", 4): Config(64, 128, 32, 8, 3),
     ("pulls", 2): Config(64, 128, 64, 8, 3),
     ("pulls", 4): Config(64, 64, 32, 8, 3),
+    ("nearest", 2): Config(128, 128, 64, 8, 3),
+    ("nearest", 4): Config(64, 128, 32, 8, 3),
+    ("nearest_many", 2): Config(64, 128, 64, 8, 3),
+    ("nearest_many", 4): Config(64, 64, 32, 8, 3),
+    ("pairs", 2): Config(128, 128, 64, 8, 3),
+    ("pairs", 4): Config(64, 128, 32, 8, 3),
+    ("write_pairs", 2): Config(64, 64, 64, 8, 3),
+    ("write_pairs", 4): Config(64, 64, 32, 8, 3),
     ("gradient", 2): Config(128, 256, 64, 8, 3),
     ("gradient", 4): Config(128, 128, 32, 8, 3),
     ("gradient_exact", 2): Config(64, 256, 64, 8, 3),
