@@ -250,6 +250,20 @@ def current() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
+def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """This process among those that a launcher started; alone without one."""
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            return Ranks(0, 1, 0, torch.device("cuda", 0) if on_gpu() else torch.device("cpu"))
+        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=timeout)
+    me = current()
+    if me.device.type == "cuda":
+        torch.cuda.set_device(me.device)
+    else:
+        share_cores()
+    return me
+
+
 def share_cores() -> None:
     """Give each CPU rank of this machine its share of the cores, unless the user has decided."""
     if "OMP_NUM_THREADS" not in os.environ:

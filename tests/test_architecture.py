@@ -22,6 +22,7 @@ LINES = {
     "kdengine.checkpoint": 5,
     "kdengine.report": 5,
     "kdengine.demo": 5,
+    "kdengine.cluster": 5,
     "kdengine.engineconfig": 4,
     "kdengine.optimizer": 4,
     "kdengine.methods": 4,

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What embeddings of a data set say of it: its clusters, and what it holds several times."""
+
+from kdengine.cluster.command import cluster_command
+from kdengine.cluster.embeddings import Embeddings, open_embeddings
+
+__all__ = ["Embeddings", "cluster_command", "open_embeddings"]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``kdengine cluster`` does: labels and centroids of embeddings, in files.
+
+OUT/manifest.json                  counts, objective of every iteration, what was clustered
+OUT/centroids.npy                  float32 [k, width], unit length
+OUT/sizes.npy                      int64 [k], rows of each; none is 0
+OUT/shards/SHARD-DIGEST/labels.npy int32 [n], in the order of the shard's index (for an array
+                                   OUT/labels.npy)
+OUT/state.pt                       where the iterations are, while they are not done
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from kdengine import ranks
+from kdengine.cluster import folder, kmeans
+from kdengine.cluster.embeddings import Embeddings, open_embeddings, write_parts
+from kdengine.data.progress import Progress
+from kdengine.durable import sync
+from kdengine.ranks import Ranks
+
+STATE = "state.pt"
+
+
+def cluster_command(
+    path: str | Path,
+    out: str | Path,
+    *,
+    k: int,
+    iterations: int = 20,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    teacher: int = 0,
+) -> Table | None:
+    """Spherical k-means of embeddings, gone on with where an earlier call was interrupted.
+
+    Args:
+        path: see ``open_embeddings``.
+        out: folder of the results.
+        k: clusters; those that have no row in the end are left out.
+        iterations: at most.
+        tolerance: an iteration that lowers the objective by less than this share is the last.
+        seed: of the rows that centroids start from.
+        teacher: which of a cache's.
+
+    Work: 2 N K D FLOP an iteration, shared by the ranks. Memory of a rank: centroids 4 K D bytes,
+    sums 8 K D, a block of rows, 4 N for the labels in the end.
+
+    Returns: what was found, for a person, on rank 0.
+
+    Raises:
+        ValueError: arguments or embeddings that cannot be used, or ``out`` holds other results.
+    """
+    out, embeddings = Path(out), open_embeddings(Path(path), teacher)
+    if not 1 <= k <= embeddings.num_rows:
+        raise ValueError(
+            f"cluster: --k is between 1 and the number of rows, {embeddings.num_rows}; got {k}"
+        )
+    me = ranks.join()
+    wanted = {
+        "embeddings": embeddings.digest,
+        "k": k,
+        "iterations": iterations,
+        "tolerance": tolerance,
+        "seed": seed,
+    }
+    lock = me.first_only(lambda: _begin(out, wanted), "cluster")
+    done = me.broadcast((out / folder.MANIFEST).exists())
+    if not done:
+        _run(embeddings, out, wanted, me)
+    if lock is None:
+        return None
+    lock.close()
+    return table(out)
+
+
+def _begin(out: Path, wanted: dict[str, Any]) -> IO[str]:
+    """Lock the folder, and see that what it holds was asked for by the same words."""
+    lock = folder.claim(out, "cluster", (STATE, f"{STATE}.partial"))
+    found = None
+    if (out / folder.MANIFEST).exists():
+        found = folder.read_manifest(out)["asked"]
+    elif (out / STATE).exists():
+        found = torch.load(out / STATE, weights_only=True)["asked"]
+    if found is not None and found != wanted:
+        other = [
+            f"{n} {found.get(n)}, not {wanted[n]}" for n in wanted if found.get(n) != wanted[n]
+        ]
+        raise ValueError(
+            f"cluster: {out} holds another clustering: {'; '.join(other)}; give the options it was "
+            "made with, or another folder"
+        )
+    return lock
+
+
+def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -> None:
+    """Iterate until it is done, and write the results."""
+    saved = out / STATE
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        state = kmeans.State(state["centroids"], state["objectives"], state["num_split"])
+    else:
+        state = kmeans.start(embeddings, wanted["k"], wanted["seed"])
+    with Progress(me.first and sys.stderr.isatty()) as bars:
+
+        def bar(title: str) -> kmeans.Advance:
+            advance = bars.begin(title, "rows", embeddings.num_rows)
+            # the ranks' shares are equal
+            return lambda more: advance(more * me.world_size, more * me.world_size)
+
+        while not is_done(state.objectives, wanted["iterations"], wanted["tolerance"]):
+            kmeans.iterate(embeddings, state, me, bar(f"iteration {len(state.objectives) + 1}"))
+            if me.first:
+                _save(saved, state, wanted)
+            me.barrier()
+        centroids, labels, objective = kmeans.final_labels(embeddings, state, me, bar("labels"))
+    if not me.first:
+        return
+    np.save(out / "centroids.npy", centroids.numpy())
+    np.save(out / "sizes.npy", np.bincount(labels, minlength=len(centroids)))
+    write_parts(out, embeddings, "labels", labels)
+    values = {
+        "asked": wanted,
+        "num_rows": embeddings.num_rows,
+        "width": embeddings.width,
+        "k": len(centroids),
+        "objective": objective,
+        "objectives": state.objectives,
+        "num_split": state.num_split,
+    }
+    folder.write_manifest(out, "cluster", values)
+    saved.unlink(missing_ok=True)
+
+
+def is_done(objectives: list[float], iterations: int, tolerance: float) -> bool:
+    """Whether to stop: all iterations are made, or the last one changed next to nothing."""
+    if len(objectives) >= iterations:
+        return True
+    if len(objectives) < 2:
+        return False
+    return objectives[-2] - objectives[-1] <= tolerance * objectives[-2]
+
+
+def _save(path: Path, state: kmeans.State, wanted: dict[str, Any]) -> None:
+    partial = path.with_name(f"{STATE}.partial")
+    torch.save({"asked": wanted, **vars(state)}, partial)
+    sync(partial)
+    os.replace(partial, path)
+
+
+def table(out: Path) -> Table:
+    """What a folder of clusters holds."""
+    told, sizes = folder.read_manifest(out), np.load(out / "sizes.npy")
+    found = Table(title=f"clusters {out}", show_header=False, title_justify="left")
+    asked = told["asked"]["k"]
+    lost = f", {asked - told['k']:,} of {asked:,} left out without a row" * (asked > told["k"])
+    found.add_row("clusters", f"{told['k']:,} of {told['num_rows']:,} rows{lost}")
+    quantiles = np.quantile(sizes, [0, 0.5, 1]).astype(int)
+    found.add_row("rows in one", "least {:,}, median {:,}, most {:,}".format(*quantiles))
+    count = len(told["objectives"])
+    found.add_row("iterations", f"{count}; {sum(told['num_split']):,} empty clusters filled")
+    cosine = 1 - told["objective"] / 2
+    found.add_row(
+        "objective", f"mean squared distance {told['objective']:.5f}, cosine {cosine:.5f}"
+    )
+    return found

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of results: locked while it is filled, described by a manifest that is written last."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+MANIFEST, LOCK = "manifest.json", ".lock"
+FORMAT = 1
+
+
+def claim(out: Path, command: str, known: tuple[str, ...] = ()) -> IO[str]:
+    """Make the folder and lock it; what lies in it must be a result of this command.
+
+    Args:
+        out: the folder.
+        command: which of ours fills it.
+        known: files that an unfinished one leaves.
+
+    Returns: the lock, held until it is closed.
+
+    Raises:
+        ValueError: the folder cannot be made, or holds something else.
+        RuntimeError: another command fills it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"{command}: expected a folder that can be written, got {out} ({error.strerror}); name "
+            "another"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RuntimeError(
+            f"{command}: another command fills {out}; wait for it, or name another folder"
+        ) from None
+    others = {path.name for path in out.iterdir()} - {LOCK, *known}
+    found = read_manifest(out) if MANIFEST in others else {}
+    if others and found.get("command") != command:
+        raise ValueError(
+            f"{command}: {out} is not empty and holds no result of 'kdengine {command}'; name a "
+            "new folder"
+        )
+    return lock
+
+
+def write_manifest(out: Path, command: str, values: dict[str, Any]) -> None:
+    """Write the description in one step."""
+    told = {"format": FORMAT, "command": command, **values}
+    partial = out / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / MANIFEST)
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The description of a folder of results.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version.
+    """
+    path = out / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{out}: expected a folder of results, it has no {MANIFEST}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"it is of format {found['format']}, this version reads {FORMAT}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {error}; make it anew") from None
+    return found

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spherical k-means: faiss's objective, equal on any ranks and after any interruption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdengine import reference_assign as reference
+from kdengine.cli import main
+from kdengine.cluster import cluster_command, kmeans, open_embeddings
+
+
+def clustered(rows: int, clusters: int, width: int, spread: float = 0.6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centers = F.normalize(torch.randn(clusters, width, generator=generator), dim=1)
+    own = centers[torch.randint(clusters, (rows,), generator=generator)]
+    noise = F.normalize(torch.randn(rows, width, generator=generator), dim=1)
+    return F.normalize(own + spread * noise, dim=1)
+
+
+def read(out: Path, name: str = "labels") -> np.ndarray:
+    return np.load(out / f"{name}.npy")
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / "manifest.json").read_text())
+
+
+def outcome(out: Path) -> list[Any]:
+    values = manifest(out)
+    return [values, *(read(out, name) for name in ("labels", "centroids", "sizes"))]
+
+
+def assert_equal(first: list[Any], second: list[Any]) -> None:
+    assert first[0] == second[0]
+    for x, y in zip(first[1:], second[1:], strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("spread", [0.6, 3.0], ids=["clusters", "hardly any"])
+def test_the_objective_is_that_of_faiss(spread: float, write_array: Any, tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    rows, k = clustered(6000, 60, 32, spread), 60
+    cluster_command(write_array(rows), tmp_path / "out", k=k, iterations=25, tolerance=0.0)
+    theirs = []
+    for seed in range(3):
+        theirs_kmeans = faiss.Kmeans(
+            32, k, niter=25, spherical=True, seed=seed, max_points_per_centroid=6000
+        )
+        theirs_kmeans.train(rows.numpy())
+        centroids = torch.from_numpy(theirs_kmeans.centroids)
+        theirs.append(float(reference.nearest(rows, centroids)[1].mean()))
+    assert manifest(tmp_path / "out")["objective"] < 1.01 * np.mean(theirs)
+
+
+def test_labels_are_the_nearest_centroids_and_the_objective_is_theirs(
+    write_array: Any, tmp_path: Path
+) -> None:
+    rows = clustered(500, 12, 16)
+    cluster_command(write_array(7 * rows), tmp_path / "out", k=12)
+    told, labels, centroids, sizes = outcome(tmp_path / "out")
+    index, squares = reference.nearest(rows.double(), torch.from_numpy(centroids).double())
+    assert np.array_equal(labels, index[:, 0].numpy())
+    assert np.array_equal(sizes, np.bincount(labels)) and sizes.sum() == 500
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
+    assert told["objective"] == pytest.approx(float(squares.mean()), rel=1e-5)
+    objectives = [*told["objectives"], told["objective"]]
+    assert len(objectives) > 3 and all(np.diff(objectives) <= 1e-9)
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bits(
+    write_array: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_array(clustered(800, 20, 16, 2.0))
+    options = {"k": 20, "iterations": 7, "tolerance": 0.0}
+    cluster_command(path, tmp_path / "whole", **options)
+    iterate, calls = kmeans.iterate, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(len(arguments[1].objectives))
+        if calls.count(3) == 1 and calls[-1] == 3 or calls[-1] == 5 and calls.count(5) == 1:
+            raise KeyboardInterrupt
+        iterate(*arguments)
+
+    monkeypatch.setattr(kmeans, "iterate", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cluster_command(path, tmp_path / "parts", **options)
+    cluster_command(path, tmp_path / "parts", **options)
+    assert calls == [0, 1, 2, 3, 3, 4, 5, 5, 6]
+    assert_equal(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    assert not (tmp_path / "parts" / "state.pt").exists()
+    # done is done
+    cluster_command(path, tmp_path / "parts", **options)
+    assert len(calls) == 9
+
+
+def on_ranks(rank: int, world_size: int, path: str, out: str) -> None:
+    kmeans.BLOCK_BYTES = 4 * 16 * 37
+    cluster_command(path, f"{out}-{world_size}", k=20, iterations=5)
+
+
+def test_ranks_and_blocks_change_no_bit(write_array: Any, run_ranks: Any, tmp_path: Path) -> None:
+    path = write_array(clustered(500, 30, 16, 2.0))
+    cluster_command(path, tmp_path / "one", k=20, iterations=5)
+    for world_size in (1, 2):
+        run_ranks(on_ranks, world_size, str(path), str(tmp_path / "out"))
+        assert_equal(outcome(tmp_path / f"out-{world_size}"), outcome(tmp_path / "one"))
+
+
+def test_empty_clusters_are_filled_from_large_ones(write_array: Any, tmp_path: Path) -> None:
+    # all centroids but a few start at copies of one row
+    many, few = clustered(1, 1, 8).repeat(400, 1), clustered(60, 6, 8)
+    cluster_command(write_array(torch.cat([many, few])), tmp_path / "out", k=12, tolerance=0.0)
+    told, labels, centroids, sizes = outcome(tmp_path / "out")
+    assert sum(told["num_split"]) > 0 and np.isfinite(centroids).all()
+    assert len(sizes) == told["k"] == len(centroids) and sizes.min() > 0
+    assert 2 < told["k"] <= 12 and set(labels) == set(range(told["k"]))
+
+
+def test_half_of_the_largest_goes_to_an_empty_one() -> None:
+    centroids = clustered(4, 4, 6)
+    filled, count = kmeans.fill_empty(centroids.clone(), torch.tensor([9, 0, 9, 0]))
+    assert count == 2
+    for empty, donor in ((1, 0), (3, 2)):
+        middle = F.normalize(filled[empty] + filled[donor], dim=0)
+        torch.testing.assert_close(middle, centroids[donor], rtol=0, atol=1e-5)
+        assert 0 < float((filled[empty] - filled[donor]).norm()) < 5e-3
+    # two rows that are alike cannot be told apart
+    same, count = kmeans.fill_empty(centroids.clone(), torch.tensor([1, 0, 1, 0]))
+    assert count == 0 and torch.equal(same, centroids)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+def test_labels_lie_beside_the_shards_of_a_cache(
+    storage: str, write_cache: Any, tmp_path: Path
+) -> None:
+    views = torch.stack([clustered(90, 5, 16), clustered(90, 5, 16)])
+    views[1] += 0.1 * torch.randn(90, 16)
+    # made in another order than that of their names
+    shards = {"b.tar-22": views[:, 50:], "a.tar-11": views[:, :50]}
+    cache = write_cache(tmp_path / "cache", shards, storage)
+    rows = F.normalize(F.normalize(views, dim=2).mean(0), dim=1)
+    embeddings = open_embeddings(cache)
+    tolerance = {"fp32": 1e-6, "bf16": 4e-3, "int8": 2e-2}[storage]
+    torch.testing.assert_close(embeddings.read(0, 90), rows, rtol=0, atol=tolerance)
+    order = np.array([70, 3, 49, 50, 3, 89])
+    assert torch.equal(embeddings.take(order), embeddings.read(0, 90)[order])
+    assert torch.equal(embeddings.read(45, 60), embeddings.read(0, 90)[45:60])
+    cluster_command(cache, tmp_path / "out", k=5)
+    centroids = torch.from_numpy(read(tmp_path / "out", "centroids"))
+    index = reference.nearest(embeddings.read(0, 90), centroids)[0][:, 0].numpy()
+    for name, part in (("a.tar-11", slice(0, 50)), ("b.tar-22", slice(50, 90))):
+        labels = read(tmp_path / "out" / "shards" / name)
+        assert labels.dtype == np.int32 and np.array_equal(labels, index[part])
+
+
+def test_what_cannot_be_is_refused(write_array: Any, write_cache: Any, tmp_path: Path) -> None:
+    path, out = write_array(clustered(40, 4, 8)), tmp_path / "out"
+    cluster_command(path, out, k=4)
+    with pytest.raises(ValueError, match="holds another clustering: k 4, not 5; give the options"):
+        cluster_command(path, out, k=5)
+    with pytest.raises(ValueError, match="--k is between 1 and the number of rows, 40; got 41"):
+        cluster_command(path, tmp_path / "more", k=41)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no result of 'kdengine cluster'"):
+        cluster_command(path, tmp_path / "other", k=2)
+    broken = clustered(40, 4, 8)
+    broken[3] = 0
+    with pytest.raises(ValueError, match="the array holds rows that are not finite or have length"):
+        cluster_command(write_array(broken), tmp_path / "broken", k=2)
+    np.save(tmp_path / "flat.npy", np.zeros(5))
+    with pytest.raises(ValueError, match="expected rows of floating point numbers"):
+        open_embeddings(tmp_path / "flat.npy")
+    (tmp_path / "text.npy").write_text("rows")
+    with pytest.raises(ValueError, match="is no NumPy array"):
+        open_embeddings(tmp_path / "text.npy")
+    cache = write_cache(tmp_path / "cache", {"a.tar-11": clustered(9, 3, 8)[None]})
+    with pytest.raises(ValueError, match="teacher 1 came, and .* holds 1"):
+        open_embeddings(cache, 1)
+    (cache / "shards" / "a.tar-11" / "view-0" / "teacher-0.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="lacks view-0, so the cache is not finished"):
+        open_embeddings(cache)
+
+
+def test_the_command_tells_what_it_found(
+    write_array: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = str(write_array(clustered(300, 9, 8)))
+    assert main(["cluster", path, str(tmp_path / "out"), "--k", "9"]) == 0
+    told = capsys.readouterr().out
+    assert "9 of 300 rows" in told and "mean squared distance" in told
+    for words, message in (
+        ([path, str(tmp_path / "x"), "--k", "0"], "cluster: --k and --iterations must be"),
+        ([str(tmp_path / "nowhere"), str(tmp_path / "x"), "--k", "2"], "embeddings: "),
+    ):
+        assert main(["cluster", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1
