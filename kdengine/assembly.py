@@ -170,11 +170,17 @@ def build_data(
             raise ValueError(
                 "distill.cache: synthetic data is in no cache; give --data.train-data, or no cache"
             )
+        if config.data.keep is not None:
+            raise ValueError(
+                "data.keep: synthetic data has no keep list; give --data.train-data, or no list"
+            )
         num_samples = config.data.train_num_samples
         loader = build_synthetic_loader(num_samples, **shared)
         identity = {"num_samples": num_samples, "shards": "synthetic"}
         return Data(loader, identity, {"samples": f"{num_samples} (synthetic)"})
     index = open_index(config, ranks, sorted(set(tokenizers.values())))
+    if (lists := config.data.keep) is not None:
+        index = ranks.first_then_all(lambda: index.keep(lists), "data.keep")
     if replay is not None:
         # one rank is enough: this looks at every file of the cache
         ranks.first_only(lambda: replay.check(index), "cache")
@@ -192,6 +198,9 @@ def build_data(
         "samples": f"{index.num_samples} in {counted(len(index.shards), 'shard')}",
         "quarantined": f"{index.num_quarantined}",
     }
+    if index.kept is not None:
+        share = index.num_read / index.num_samples
+        rows["kept"] = f"{index.num_read} of these ({share:.1%}), by {config.data.keep}"
     if index.num_listed > len(index.shards):
         rows["samples"] += f", of {index.num_listed} listed: the others hold no good sample"
     if told := folders_told(config.data.train_data):
@@ -202,8 +211,9 @@ def build_data(
         (os.path.basename(shard.tar), os.path.getsize(shard.tar), shard.num_samples)
         for shard in index.shards
     ]
-    digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
-    return Data(loader, {"num_samples": index.num_samples, "shards": digest}, rows)
+    told = json.dumps(shards if index.kept is None else [shards, index.kept])
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    return Data(loader, {"num_samples": index.num_read, "shards": digest}, rows)
 
 
 def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:

@@ -43,6 +43,8 @@ class Data:
     """Folder for the index, where the shards' own folder cannot be written."""
     max_pixels: int = MAX_PIXELS
     """An image whose header states more pixels is quarantined before any decode."""
+    keep: str | None = None
+    """Folder that 'kdengine balance' made: train on the samples that it keeps."""
     caption: Literal["random", "first"] = "random"
     """Which of a sample's captions a step uses."""
     workers: int = 4

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,8 +49,7 @@ def array_name(teacher: int, part: str) -> str:
 
 def shard_folder(root: Path, shard: ShardIndex) -> Path:
     """Where the units of a shard lie."""
-    name = f"{os.path.basename(shard.tar)}-{shard.content_digest()[:12]}"
-    return root / "shards" / name
+    return root / "shards" / shard.label
 
 
 def is_complete(folder: Path, unit: str) -> bool:

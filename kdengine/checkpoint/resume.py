@@ -19,6 +19,7 @@ FREE = (
     "data.workers",
     "data.index_dir",
     "data.train_data",
+    "data.keep",
     "distill.distill_model",
     "distill.distill_pretrained",
     "distill.cache",

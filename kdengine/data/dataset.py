@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ class ShardIndex:
         folder: the index folder of the shard.
         generation: changes when the index is rebuilt.
         content: see `content_digest`, where it is known.
+        num_read: samples that `idx` lists, where `keep` has left some out; None is all.
     """
 
     tar: str
@@ -47,6 +51,12 @@ class ShardIndex:
     folder: str
     generation: str
     content: str | None = None
+    num_read: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Name and content of the shard, for files about its samples wherever it lies."""
+        return f"{os.path.basename(self.tar)}-{self.content_digest()[:12]}"
 
     def content_digest(self) -> str:
         """Equal for shards with the same good samples at the same places and equal captions."""
@@ -68,6 +78,7 @@ class DatasetIndex:
         num_quarantined: bad samples, likewise; good and bad together are all samples.
         quarantine_paths: the `quarantine.jsonl` files that name the bad ones.
         stats: what it took to bring the index up to date.
+        kept: digest of the lists that `keep` was given; None without.
     """
 
     def __init__(self, places: Sequence[Place], stats: BuildStats) -> None:
@@ -83,6 +94,7 @@ class DatasetIndex:
         names = self._metas[0].get("classes")
         self.classes: tuple[str, ...] | None = None if names is None else tuple(names)
         self.num_samples: int = first
+        self.kept: str | None = None
         self.num_quarantined: int = sum(meta["num_quarantined"] for meta in self._metas)
         roots = dict.fromkeys(place.folder.parent for place in places)
         self.quarantine_paths = tuple(str(root / QUARANTINE) for root in roots)
@@ -140,6 +152,23 @@ class DatasetIndex:
         """The index of one of the shards alone, numbered from 0."""
         return DatasetIndex([Place(shard.tar, Path(shard.folder))], self.stats)
 
+    @property
+    def num_read(self) -> int:
+        """Samples that training reads: all, or those that were kept."""
+        reads = ((shard.num_samples, shard.num_read) for shard in self.shards)
+        return sum(total if some is None else some for total, some in reads)
+
+    def keep(self, folder: str | Path) -> DatasetIndex:
+        """The same index, numbered as before, of which training reads a part only.
+
+        See `kdengine.data.keep`.
+        """
+        from kdengine.data.keep import kept_shards
+
+        found = copy.copy(self)
+        found.shards, found.kept = kept_shards(self.shards, Path(folder))
+        return found
+
     def labels(self) -> np.ndarray:
         """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none.
 
@@ -148,6 +177,16 @@ class DatasetIndex:
         """
         parts = [_samples(shard)[:-1, LABEL] for shard in self.shards]
         return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def image_bytes(self, number: int) -> bytes:
+        """The encoded image of a sample of an archive."""
+        [(shard, _, local)] = self.by_shard(np.array([number], np.int64))
+        with open(shard.idx, encoding="ascii") as file:
+            line = next(itertools.islice(file, int(local[0]) + 1, None))
+        _, offset, size, _ = line.split()
+        with open(shard.tar, "rb") as archive:
+            archive.seek(int(offset))
+            return archive.read(int(size))
 
     def key(self, number: int) -> str:
         """Key of the sample with this global number."""

@@ -83,9 +83,11 @@ class ShardLoader(Loader):
     def _spec(self, rank: int, world_size: int, shuffle_buffer: int) -> ReaderSpec:
         from kdengine.data.dali import ReaderSpec
 
+        # DALI takes no archive of which it reads nothing
+        shards = [shard for shard in self._index.shards if shard.num_read != 0]
         return ReaderSpec(
-            tars=tuple(shard.tar for shard in self._index.shards),
-            indexes=tuple(shard.idx for shard in self._index.shards),
+            tars=tuple(shard.tar for shard in shards),
+            indexes=tuple(shard.idx for shard in shards),
             rank=rank,
             world_size=world_size,
             batch_size=self._batch_size,
@@ -157,7 +159,7 @@ class TrainLoader(ShardLoader):
 
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
-        num_samples, world_size, batch_size = index.num_samples, self._world_size, self._batch_size
+        num_samples, world_size, batch_size = index.num_read, self._world_size, self._batch_size
         global_batch = world_size * batch_size * self._accum_freq
         self.steps_per_epoch = num_samples // global_batch
         if not self.steps_per_epoch:
@@ -175,7 +177,7 @@ class TrainLoader(ShardLoader):
         self._num_dropped = num_run - self._batches_per_epoch
 
     def _reader(self) -> ReaderSpec:
-        buffer = min(self._shuffle_buffer, self._index.num_samples // self._world_size)
+        buffer = min(self._shuffle_buffer, self._index.num_read // self._world_size)
         return self._spec(self._rank, self._world_size, max(1, buffer))
 
     def _open(self) -> ImagePipeline:
@@ -203,6 +205,7 @@ class TrainLoader(ShardLoader):
         return {
             "shards": hashlib.sha256("\n".join(shards).encode()).hexdigest(),
             "num_samples": self._index.num_samples,
+            "keep lists": self._index.kept,
             "rank": self._rank,
             "world_size": self._world_size,
             "batch_size": self._batch_size,
@@ -233,6 +236,8 @@ class EvalLoader(ShardLoader):
 
     def __init__(self, index: DatasetIndex, **options: Any) -> None:
         super().__init__(index, **options)
+        if index.kept is not None:
+            raise ValueError("data: keep lists are for training; evaluation reads every sample")
         if len(self._numbers.first) < len(index.shards):
             tars = [shard.tar for shard in index.shards]
             twice = next(tar for tar in tars if tars.count(tar) > 1)
