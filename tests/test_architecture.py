@@ -22,7 +22,7 @@ LINES = {
     "kdengine.checkpoint": 5,
     "kdengine.report": 5,
     "kdengine.demo": 5,
-    "kdengine.cluster": 5,
+    "kdengine.cluster": 6,
     "kdengine.engineconfig": 4,
     "kdengine.optimizer": 4,
     "kdengine.methods": 4,
@@ -60,6 +60,7 @@ WALLS = {
     "open_clip": ("kdengine.models", "kdengine.data.tokenize"),
     "sklearn": ("kdengine.evaluate.probe",),
     "onnxruntime": ("kdengine.models.onnx",),
+    "scipy": ("kdengine.cluster",),
 }
 ONLY = {"kdengine.reference": {"torch"}, "kdengine.reference_assign": {"torch"}}
 ONLY |= {"kdengine.config": set()}

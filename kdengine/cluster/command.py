@@ -28,6 +28,7 @@ from kdengine.durable import sync
 from kdengine.ranks import Ranks
 
 STATE = "state.pt"
+FILES = (STATE, f"{STATE}.partial", "centroids.npy", "sizes.npy", "labels.npy", "shards")
 
 
 def cluster_command(
@@ -84,7 +85,7 @@ def cluster_command(
 
 def _begin(out: Path, wanted: dict[str, Any]) -> IO[str]:
     """Lock the folder, and see that what it holds was asked for by the same words."""
-    lock = folder.claim(out, "cluster", (STATE, f"{STATE}.partial"))
+    lock = folder.claim(out, "cluster", FILES)
     found = None
     if (out / folder.MANIFEST).exists():
         found = folder.read_manifest(out)["asked"]

@@ -143,10 +143,9 @@ def _settle(
     # no key but the candidates scores above the last of them
     score = (_squares(x) - distances[:, -1].square()) / 2
     open_rows = (score <= values[:, -1].double() + bound[:, 0]).nonzero()[:, 0]
-    for row in open_rows.tolist():
-        every = _distances(x[row : row + 1], key, None)
-        distances[row], order = (t[0, :count] for t in every.sort(dim=1, stable=True))
-        found[row] = order
+    for part in open_rows.split(max(1, BLOCK // len(key))):
+        every, order = _distances(x[part], key, None).sort(dim=1, stable=True)
+        found[part], distances[part] = order[:, :count], every[:, :count]
     return found, distances
 
 

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``kdengine balance`` does: choose which images of a data set to train on.
+
+    OUT/manifest.json                  what was asked for and found
+    OUT/shards/SHARD-DIGEST/keep.npy   bool [n], in the order of the shard's index: whether it stays
+    OUT/shards/SHARD-DIGEST/stands.npy int64 [n], number of the row that stays for each
+    OUT/balance.svg                    sizes and widths of the sets, share kept at every threshold
+
+For an array the files of rows lie in OUT itself. Train with ``--data.keep OUT``.
+
+Attested of CLIP-CID's image semantic balance, partly at second hand: Euclidean distance of
+OpenCLIP ViT-bigG/14 embeddings, union-find, the central image of each set stays, 43.7 % of
+LAION-400M go. The threshold, how pairs are found and all else is reconstructed. A threshold belongs
+to an encoder and to a density: the same one joins more in more data, so it is calibrated on all
+rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from kdengine.cluster import candidates, folder, picture
+from kdengine.cluster.embeddings import Embeddings, open_embeddings, write_parts
+from kdengine.cluster.forest import Forest, greedy_cover
+from kdengine.cluster.sets import Sets, represent
+from kdengine.data.progress import Progress
+from kdengine.ranks import join
+
+FILES = ("shards", "keep.npy", "stands.npy", "balance.svg", "removed.html")
+Rule = Literal["sets", "greedy", "random"]
+RETENTION = 0.563
+# rows up to which all pairs are looked at, and rows of a coarse cell above
+EXACT_ROWS, CELL_ROWS = 100_000, 1024
+# rows whose neighbours are found exactly, for the first threshold and for the recall
+SAMPLE = 1024
+# of what a threshold that was too small grows, and how often
+GROWTH, ATTEMPTS = 1.1, 16
+# pairs that greedy cover keeps in memory, 16 bytes each
+MAX_PAIRS = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to keep, and how to find it.
+
+    Attributes:
+        rule: ``sets``, the central image of each set of union-find; ``greedy``, in order each image
+            that is near none kept before; ``random``, any.
+        eps: distance of unit embeddings below which two are near; None calibrates it.
+        retention: share of the images to keep.
+        cells: coarse cells that pairs are looked for in, 0 for all pairs; None chooses.
+        probes: further cells that each row looks into.
+        seed: of random choices.
+    """
+
+    rule: Rule = "sets"
+    eps: float | None = None
+    retention: float = RETENTION
+    cells: int | None = None
+    probes: int = 3
+    seed: int = 0
+
+
+@dataclass
+class Found:
+    """What was found.
+
+    Attributes:
+        stands: number of the row that stays for each, int64 [N]; its own where it stays.
+        keep: whether each stays, bool [N].
+        eps: the threshold; None for a random choice.
+        sets: sets of more than one row; None where there are none.
+        lengths: of the forest's edges in ascending order, up to the threshold that was searched.
+        num_pairs: pairs that were found, some of them twice.
+        recall: share of the pairs found, and of those in one set; None where all were looked at.
+    """
+
+    stands: np.ndarray
+    keep: np.ndarray
+    eps: float | None = None
+    sets: Sets | None = None
+    lengths: np.ndarray | None = None
+    num_pairs: int = 0
+    recall: tuple[float, float] | None = None
+
+
+class Search:
+    """Finds pairs, and from them who stays."""
+
+    def __init__(self, embeddings: Embeddings, wanted: Wanted, bars: Progress) -> None:
+        self._embeddings, self._wanted, self._bars = embeddings, wanted, bars
+        self._device = join().device
+        count = wanted.cells
+        if count is None:
+            total = embeddings.num_rows
+            count = 0 if total <= EXACT_ROWS else total // CELL_ROWS
+        self.count = count
+        draw = np.random.default_rng(wanted.seed)
+        size = min(SAMPLE, embeddings.num_rows)
+        self._sample = np.sort(draw.choice(embeddings.num_rows, size, replace=False))
+        self._cells: candidates.Cells | None = None
+        if count:
+            options = (count, wanted.probes, wanted.seed, self._device)
+            advance = self._bar("coarse cells")
+            self._cells = candidates.make_cells(embeddings, *options, advance)
+
+    def _bar(self, title: str) -> candidates.Advance:
+        advance = self._bars.begin(title, "rows", self._embeddings.num_rows)
+        return lambda more: advance(more, more)
+
+    def edges(self, eps: float) -> candidates.Edges:
+        """All pairs closer than eps that the cells let be found."""
+        advance = self._bar(f"pairs closer than {eps:.4f}")
+        if self._cells is None:
+            return candidates.exact(self._embeddings, eps, self._device, advance)
+        cells = self._cells
+        return candidates.within_cells(self._embeddings, cells, eps, self._device, advance)
+
+    def by_sets(self) -> Found:
+        """Union-find at a threshold that was given, or at the one that keeps as many as asked."""
+        wanted, total = self._wanted, self._embeddings.num_rows
+        num_kept = round(wanted.retention * total)
+        largest = self.first_guess() if wanted.eps is None else wanted.eps
+        for _ in range(ATTEMPTS):
+            forest = Forest(total)
+            for pairs, distances in self.edges(largest):
+                forest.add(pairs, distances)
+            eps = forest.threshold(num_kept) if wanted.eps is None else wanted.eps
+            if eps is not None:
+                break
+            largest *= GROWTH
+        else:
+            raise self._no_threshold(largest)
+        roots = forest.sets(eps)
+        sets = represent(self._embeddings, roots, self._device)
+        keep = sets.stands == np.arange(total)
+        recall = self.recall(eps, roots)
+        return Found(sets.stands, keep, eps, sets, forest.lengths(), forest.num_edges, recall)
+
+    def by_cover(self) -> Found:
+        """Greedy cover; a threshold for a share is found by halving between two."""
+        wanted, total = self._wanted, self._embeddings.num_rows
+        num_kept = round(wanted.retention * total)
+        largest = self.first_guess() if wanted.eps is None else wanted.eps
+        for _ in range(ATTEMPTS):
+            pairs, distances = self._all_pairs(largest)
+            stands = greedy_cover(total, pairs)
+            if wanted.eps is not None or np.sum(stands == np.arange(total)) <= num_kept:
+                break
+            largest *= GROWTH
+        else:
+            raise self._no_threshold(largest)
+        eps = largest
+        if wanted.eps is None:
+            low, high = 0.0, largest
+            while high - low > 1e-6 * largest:
+                middle = (low + high) / 2
+                trial = greedy_cover(total, pairs[distances < middle])
+                few = np.sum(trial == np.arange(total)) <= num_kept
+                low, high = (low, middle) if few else (middle, high)
+            eps = high
+            stands = greedy_cover(total, pairs[distances < eps])
+        keep = stands == np.arange(total)
+        return Found(stands, keep, eps, num_pairs=len(pairs), recall=self.recall(eps, None))
+
+    def _all_pairs(self, eps: float) -> tuple[np.ndarray, np.ndarray]:
+        found, count = [(np.empty((0, 2), np.int64), np.empty(0))], 0
+        for part in self.edges(eps):
+            found.append(part)
+            count += len(part[0])
+            if count > MAX_PAIRS:
+                raise ValueError(
+                    f"balance: more than {MAX_PAIRS:,} pairs are closer than {eps:.4f}, and greedy "
+                    "cover keeps them all in memory; give a smaller --eps, or --rule sets"
+                )
+        pairs, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        total = self._embeddings.num_rows
+        _, once = np.unique(pairs[:, 0] * total + pairs[:, 1], return_index=True)
+        return pairs[once], distances[once]
+
+    def first_guess(self) -> float:
+        """A threshold that joins about as many as have to go.
+
+        Of rows with a neighbour within eps about three of four are joined to another: this is the
+        distance that so many have one within, by a sample of rows against all.
+        """
+        share = min(1.0, (1 - self._wanted.retention) / 0.75)
+        near = candidates.nearest_distances(self._embeddings, self._sample, self._device)
+        return max(float(np.quantile(near, share)), 1e-6)
+
+    def recall(self, eps: float, roots: np.ndarray | None) -> tuple[float, float] | None:
+        """How many of the pairs of a sample of rows could be found, and are in one set."""
+        if self._cells is None:
+            return None
+        pairs = candidates.neighbours(self._embeddings, self._sample, eps, self._device)
+        if not len(pairs):
+            return 1.0, 1.0
+        found = self._cells.are_candidates(pairs)
+        joined = found if roots is None else roots[pairs[:, 0]] == roots[pairs[:, 1]]
+        return float(found.mean()), float(joined.mean())
+
+    def _no_threshold(self, eps: float) -> ValueError:
+        share = self._wanted.retention
+        return ValueError(
+            f"balance: even at a distance of {eps:.3f} more than {share:.1%} are left of "
+            f"{self._embeddings.num_rows:,} rows in {self.count} cells; give --eps, a larger "
+            "--retention, or fewer cells"
+        )
+
+
+def balance_command(
+    path: str | Path,
+    out: str | Path,
+    wanted: Wanted,
+    *,
+    teacher: int = 0,
+    shards: str | None = None,
+    index_dir: str | None = None,
+) -> Group:
+    """Choose which rows of embeddings stay, and write it.
+
+    Args:
+        path: see ``open_embeddings``.
+        out: folder of the results.
+        wanted: what to keep.
+        teacher: which of a cache's.
+        shards: the data, for a page of removed images beside those that stay for them.
+        index_dir: folder of its index.
+
+    Returns: what was found, for a person.
+
+    Raises:
+        ValueError: arguments or embeddings that cannot be used, or ``out`` holds other things.
+    """
+    out, embeddings = Path(out), open_embeddings(Path(path), teacher)
+    lock = folder.claim(out, "balance", FILES)
+    with Progress(sys.stderr.isatty()) as bars:
+        if wanted.rule == "random":
+            found, count = at_random(embeddings.num_rows, wanted), 0
+        else:
+            search = Search(embeddings, wanted, bars)
+            found = search.by_sets() if wanted.rule == "sets" else search.by_cover()
+            count = search.count
+    # what is written below must not be taken for an older result
+    (out / folder.MANIFEST).unlink(missing_ok=True)
+    write_parts(out, embeddings, "keep", found.keep)
+    write_parts(out, embeddings, "stands", found.stands)
+    told = describe(embeddings, wanted, found, count)
+    if found.sets is not None:
+        picture.draw(out / "balance.svg", found, embeddings.num_rows)
+    folder.write_manifest(out, "balance", told)
+    notes = []
+    if shards is not None and wanted.rule != "random":
+        page = picture.write_sheet(out, embeddings, found, shards, index_dir)
+        notes.append(f"wrote {page}")
+    lock.close()
+    notes.append(f"train with --data.keep {out}")
+    return Group(table(out, told), *notes)
+
+
+def at_random(num_rows: int, wanted: Wanted) -> Found:
+    """As many as asked for, any: the control that says whether balance does anything."""
+    keep = np.zeros(num_rows, bool)
+    draw = np.random.default_rng(wanted.seed)
+    keep[draw.choice(num_rows, round(wanted.retention * num_rows), replace=False)] = True
+    # nobody stands for those that go
+    return Found(np.where(keep, np.arange(num_rows), -1), keep)
+
+
+def describe(embeddings: Embeddings, wanted: Wanted, found: Found, cells: int) -> dict[str, Any]:
+    """The manifest."""
+    told: dict[str, Any] = {
+        "embeddings": embeddings.digest,
+        "rule": wanted.rule,
+        "seed": wanted.seed,
+        "num_rows": embeddings.num_rows,
+        "num_kept": int(found.keep.sum()),
+        "retention": float(found.keep.mean()),
+        "eps": found.eps,
+        "cells": cells,
+        "probes": wanted.probes if cells else 0,
+        "num_pairs": found.num_pairs,
+    }
+    if found.recall is not None:
+        told["recall_of_pairs"], told["recall_in_sets"] = found.recall
+    if found.sets is not None and len(found.sets.sizes):
+        sizes, diameters = found.sets.sizes, found.sets.diameters
+        told |= {
+            "num_sets": len(sizes),
+            "largest_set": int(sizes.max()),
+            "largest_diameter": float(diameters.max()),
+            "median_diameter": float(np.median(diameters)),
+            "share_of_sets_wider_than_eps": float((diameters >= (found.eps or 0)).mean()),
+            "histogram": {str(n): int(np.sum(sizes == n)) for n in np.unique(sizes)},
+        }
+    return told
+
+
+def table(out: Path, told: dict[str, Any]) -> Table:
+    """What was found, for a person."""
+    found = Table(title=f"balance {out}", show_header=False, title_justify="left")
+    found.add_row("kept", f"{told['num_kept']:,} of {told['num_rows']:,}, {told['retention']:.2%}")
+    if told["eps"] is not None:
+        cosine = 1 - told["eps"] ** 2 / 2
+        found.add_row("threshold", f"distance {told['eps']:.5f}, cosine {cosine:.5f}")
+        how = f"in {told['cells']:,} cells, {told['probes']} more each" * bool(told["cells"])
+        found.add_row("pairs", f"{told['num_pairs']:,} found {how or 'among all'}")
+    if "recall_of_pairs" in told:
+        both = (
+            f"{told['recall_of_pairs']:.2%} of the pairs, {told['recall_in_sets']:.2%} in one set"
+        )
+        found.add_row("recall", f"{both}, by {SAMPLE:,} rows against all")
+    if "num_sets" in told:
+        largest = (
+            f"the largest of {told['largest_set']:,}, up to {told['largest_diameter']:.3f} wide"
+        )
+        found.add_row("sets", f"{told['num_sets']:,}; {largest}")
+        share = told["share_of_sets_wider_than_eps"]
+        found.add_row("wider than eps", f"{share:.1%} of the sets, which chains of pairs join")
+    return found

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was removed, to look at: sizes and widths of sets, and a page of images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from PIL import Image
+
+from kdengine.cache.store import shard_folder
+from kdengine.cluster.embeddings import Embeddings
+from kdengine.data import DatasetIndex, ensure_index
+from kdengine.report.curves import INK, MUTED, STYLE
+from kdengine.report.markup import Html, tag
+
+if TYPE_CHECKING:
+    from kdengine.cluster.balance import Found
+
+COLOUR = "#2563eb"
+NUM_SETS, NUM_MEMBERS, THUMBNAIL = 24, 7, 120
+MAX_POINTS = 20_000
+CSS = (
+    "body{font:14px/1.4 system-ui,sans-serif;color:#1f2933;margin:2em;max-width:70em}"
+    ".set{display:flex;gap:8px;margin:14px 0;align-items:flex-start}"
+    "figure{margin:0;width:124px}img{border-radius:4px;display:block;max-width:120px}"
+    ".kept img{outline:3px solid #2563eb}figcaption{font-size:11px;color:#52606d}"
+)
+
+
+def draw(path: Path, found: Found, num_rows: int) -> None:
+    """Sizes of sets, their largest distances within, and the share kept at every threshold."""
+    assert found.sets is not None and found.eps is not None and found.lengths is not None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.2), layout="constrained")
+        sizes, widths, share = figure.subplots(1, 3)
+        counts = np.unique(found.sets.sizes, return_counts=True)
+        sizes.scatter(*counts, s=14, color=COLOUR)
+        sizes.set(xscale="log", yscale="log", xlabel="images in a set", ylabel="sets")
+        some = slice(None, None, -(-max(1, len(found.sets.sizes)) // MAX_POINTS))
+        widths.scatter(found.sets.sizes[some], found.sets.diameters[some], s=8, color=COLOUR)
+        widths.axhline(found.eps, color=INK, linewidth=1, linestyle=":")
+        widths.set(xscale="log", xlabel="images in a set", ylabel="largest distance within")
+        widths.set_ylim(bottom=0)
+        # the curve is exact at every edge; a long one is drawn at some of them
+        step = -(-max(1, len(found.lengths)) // MAX_POINTS)
+        kept = 100 * (1 - np.arange(1, len(found.lengths) + 1) / num_rows)
+        share.plot(found.lengths[::step], kept[::step], color=COLOUR, linewidth=1.8)
+        share.axvline(found.eps, color=INK, linewidth=1, linestyle=":")
+        share.set(xlabel="threshold (distance)", ylabel="% kept")
+        for axes, title in (
+            (sizes, "Sizes of sets"),
+            (widths, "Width of sets (dotted: threshold)"),
+            (share, "Share kept at every threshold"),
+        ):
+            axes.set_title(title, loc="left", fontsize=9, color=MUTED)
+            axes.tick_params(length=0)
+        with open(path, "w", encoding="utf-8") as file:
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+
+
+def write_sheet(
+    out: Path, embeddings: Embeddings, found: Found, shards: str, index_dir: str | None
+) -> Path:
+    """A page of removed images, each row a set: first the one that stays, then some that go.
+
+    Sets of all sizes, the largest first, evenly by rank.
+
+    Raises:
+        ValueError: the shards are not those of the embeddings.
+    """
+    index = ensure_index(shards, index_dir=index_dir, progress=True)
+    folders = {str(shard_folder(Path(), shard)): shard for shard in index.shards}
+    firsts = {
+        part.first: folders[part.folder].first
+        for part in embeddings.parts
+        if part.folder in folders
+    }
+    if not firsts:
+        raise ValueError(
+            f"balance: none of the shards {shards} is one whose embeddings were given; a shard "
+            "with other samples or captions than when it was cached counts as another"
+        )
+    begins = np.array([part.first for part in embeddings.parts])
+    gone = np.flatnonzero(~found.keep & (found.stands >= 0))
+    owners, counts = np.unique(found.stands[gone], return_counts=True)
+    owners = owners[np.argsort(-counts, kind="stable")]
+    shown = np.unique(np.linspace(0, len(owners) - 1, min(NUM_SETS, len(owners))).astype(int))
+    rows = []
+    for owner in owners[shown]:
+        members = gone[found.stands[gone] == owner]
+        some = np.r_[owner, members[: NUM_MEMBERS - 1]]
+        x = embeddings.take(some)
+        cosines = (x @ x[0]).tolist()
+        figures = [
+            _figure(index, begins, firsts, int(row), cosine, row == owner)
+            for row, cosine in zip(some, cosines, strict=True)
+        ]
+        more = len(members) - len(some) + 1
+        rows.append(tag("div", *figures, f"and {more:,} more" if more else None, class_="set"))
+    title = f"{len(gone):,} of {embeddings.num_rows:,} images removed"
+    told = (
+        "Each row is a set: outlined the image that stays, beside it some that it stands for, with "
+        f"their cosine. {len(shown)} of {len(owners):,} sets, from the largest to the smallest."
+    )
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", title), tag("style", Html(CSS)))
+    page = tag("html", head, tag("body", tag("h1", title), tag("p", told), *rows))
+    path = out / "removed.html"
+    path.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
+    return path
+
+
+def _figure(
+    index: DatasetIndex,
+    begins: np.ndarray,
+    firsts: dict[int, int],
+    row: int,
+    cosine: float,
+    kept: bool,
+) -> Html:
+    begin = int(begins[np.searchsorted(begins, row, side="right") - 1])
+    if begin not in firsts:
+        return tag("figure", tag("figcaption", "in a shard that was not given"))
+    number = firsts[begin] + row - begin
+    image = Image.open(io.BytesIO(index.image_bytes(number))).convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    told = "stays" if kept else f"{cosine:.4f}"
+    caption = tag("figcaption", f"{told} \u00b7 {index.key(number)}")
+    return tag("figure", tag("img", src=source, alt=""), caption, class_="kept" if kept else None)
