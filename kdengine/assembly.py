@@ -211,8 +211,8 @@ def build_data(
         (os.path.basename(shard.tar), os.path.getsize(shard.tar), shard.num_samples)
         for shard in index.shards
     ]
-    told = json.dumps(shards if index.kept is None else [shards, index.kept])
-    digest = hashlib.sha256(told.encode()).hexdigest()
+    content = json.dumps(shards if index.kept is None else [shards, index.kept])
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return Data(loader, {"num_samples": index.num_read, "shards": digest}, rows)
 
 
