@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``kdengine`` command; ``COMMANDS`` lists what it can do."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ import tyro
 
 from kdengine import errors, options
 from kdengine.cli.data import index, pack
+from kdengine.cli.embeddings import balance, cluster
 from kdengine.cli.models import convert, export, inherit, onnx
 from kdengine.cli.results import doctor, evaluate, report
 from kdengine.cli.training import cache, demo, train
@@ -18,6 +20,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "cache": cache,
     "index": index,
     "pack": pack,
+    "cluster": cluster,
+    "balance": balance,
     "inherit": inherit,
     "convert": convert,
     "eval": evaluate,
@@ -62,5 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not errors.is_refusal(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from kdengine import ranks
+
+            ranks.tell(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return errors.EXIT_REFUSED
