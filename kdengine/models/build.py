@@ -14,9 +14,12 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import _build_vision_tower
 from torch import nn
 
 from kdengine import LOCAL_DIR
+from kdengine.models.bridge import build_bridge
+from kdengine.models.prompted import install_all
 from kdengine.models.pruning.axes import canonical, tower_of
 from kdengine.models.pruning.ragged import RaggedShape, Tower, install_ragged
 from kdengine.models.source import Source, resolve
@@ -145,7 +148,8 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     custom = config.pop("custom_text", False)
-    ragged = config.pop("ragged", {})
+    ragged, prompts = config.pop("ragged", {}), config.pop("prompts", {})
+    bridge = config.pop("bridge", None)
     cls = open_clip.CLIP
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
@@ -154,6 +158,9 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
         cls = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     try:
         clip = cls(**(config | {"nonscalar_logit_scale": True}))
+        if bridge:
+            # the image tower is of another model than the text tower
+            clip.visual = _build_vision_tower(bridge["width"], vision, bridge["quick_gelu"])
     except Exception as error:
         raise ValueError(
             f"{role} {name}: open_clip {open_clip.__version__} cannot build it: {error}"
@@ -162,6 +169,9 @@ def _build(role: str, source: Source, *, clamp_scale: bool = True) -> TwoTower:
         shape = RaggedShape.from_dict(sizes)
         install_ragged(clip, tower, shape)
         _randomise(clip, tower, shape)
+    install_all(clip, prompts)
+    if bridge:
+        clip.visual.bridge = build_bridge(config["embed_dim"], bridge)
     if clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
     if source.checkpoint is not None:
