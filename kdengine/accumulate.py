@@ -87,7 +87,8 @@ class Accumulation:
             for leaf in self._earlier:
                 if leaf is not None:
                     leaf.requires_grad_()
-        return self._engine(batch["image"], batch["tokens"], teachers, diagnose, self._earlier)
+        wanted = [batch[name] for name in self._engine.module.wants]
+        return self._engine(*wanted, teachers, diagnose, self._earlier)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss that ``forward`` returned, or of a multiple of it."""

@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kdengine import MAX_PIXELS
+from kdengine.promptconfig import CLASS_METHODS, Classes, ComKD, Prompt, refuse_with_prompts
+from kdengine.promptconfig import check as _check
 
 RECIPES = Path(__file__).parent / "recipes"
 T = TypeVar("T")
-
-
-def _check(owner: str, name: str, value: float, expected: str, good: bool) -> None:
-    if not good:
-        raise ValueError(f"{owner}.{name}: expected {expected}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +151,20 @@ class TinyClip:
 class Method:
     """What is learned from whom."""
 
-    name: Literal["clip", "clip_kd", "tinyclip"] = "clip_kd"
-    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL. 'tinyclip': affinity mimicking."""
+    name: Literal["clip", "clip_kd", "tinyclip", "comkd_teacher", "comkd"] = "clip_kd"
+    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL. 'tinyclip': affinity mimicking. With
+    prompts, on images with classes: 'comkd_teacher': labels. 'comkd': a teacher's logits."""
     clip_kd: ClipKD = field(default_factory=ClipKD)
     """Settings of method clip_kd."""
     tinyclip: TinyClip = field(default_factory=TinyClip)
     """Settings of method tinyclip."""
+    comkd: ComKD = field(default_factory=ComKD)
+    """Settings of method comkd."""
+
+    @property
+    def on_classes(self) -> bool:
+        """Whether it learns prompts, from images with classes, and not from pairs."""
+        return self.name in CLASS_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +195,10 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up and decay."""
+    """AdamW or SGD with warm-up and decay."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """The optimiser."""
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
@@ -200,6 +207,8 @@ class Optim:
     """Decay of the mean of squared gradients."""
     eps: float = 1e-6
     """Added to the root of the mean of squared gradients."""
+    momentum: float = 0.9
+    """Of sgd."""
     wd: float = 0.1
     """Weight decay; norms, biases and scales get none."""
     warmup: int = 10_000
@@ -283,6 +292,11 @@ class Eval:
     """Evaluate every so many steps; 0 only at the end."""
     batch_size: int = 128
     """Images on each rank at a time."""
+    select: str = ""
+    """'SET/METRIC': the export holds the student of the evaluation where this was the highest, and
+    not that of the last step; of a set 'NAME=SHARDS;SPLIT.json:val'."""
+    select_on_test: bool = False
+    """Let select look at a set to test on, as PromptKD's released trainer does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +334,11 @@ class RunConfig:
     """One run, whole."""
 
     data: Data = field(default_factory=Data)
+    classes: Classes = field(default_factory=Classes)
     model: Model = field(default_factory=Model)
     distill: Distill = field(default_factory=Distill)
     method: Method = field(default_factory=Method)
+    prompt: Prompt = field(default_factory=Prompt)
     prune: Prune = field(default_factory=Prune)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
@@ -335,6 +351,8 @@ class RunConfig:
                 "prune: a student that is cut cannot have its parameters sharded, got zero_stage "
                 "3; use zero_stage 2"
             )
+        if self.method.on_classes:
+            refuse_with_prompts(self)
 
 
 def recipe_names() -> list[str]:

@@ -5,7 +5,7 @@ import contextlib
 import gc
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdengine import assembly, checkpoint, ranks
+from kdengine import assembly, checkpoint, prompting, ranks
 from kdengine.checkpoint import State
-from kdengine.config import RunConfig, to_toml
+from kdengine.config import Eval, RunConfig, to_toml
 from kdengine.distributed import Exchange
 from kdengine.engineconfig import deepspeed_config
-from kdengine.evaluate import Evaluator, parse_eval_sets
+from kdengine.evaluate import EvalSet, Evaluator, parse_eval_sets
 from kdengine.log import RunLog
-from kdengine.methods import Distillation, build_method
+from kdengine.methods import build_method, build_root
 from kdengine.models import TowerSpec, build_from_spec
-from kdengine.optimizer import Buffers, adamw
+from kdengine.optimizer import Buffers, build_optimizer
 from kdengine.pruning import BUDGET_TOLERANCE, Pruning, View, lacking
 from kdengine.ranks import Heartbeat, Ranks
 from kdengine.stop import Stop
@@ -140,15 +140,20 @@ def build(
         checkpointing = config.model.grad_checkpointing
         student = checkpoint.saved_student(resumed, grad_checkpointing=checkpointing)
     is_cut = student is not None
-    student = student or assembly.build_student(config)
+    prompts = prompting.build(config, me) if config.method.on_classes else None
+    student = student or (prompts.student if prompts else assembly.build_student(config))
     pruning = None
     if config.prune.target and not is_cut:
         pruning = Pruning(
             student, config.prune, group=me.group, device=me.device, seed=config.train.seed
         )
-    store = assembly.open_cache(config, me)
-    teachers = assembly.build_teachers(config, me, student.spec, store)
-    loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers, store)
+    teachers: Teachers | None
+    if prompts:
+        teachers, (loader, identity, data_rows) = prompts.teachers, prompts.data
+    else:
+        store = assembly.open_cache(config, me)
+        teachers = assembly.build_teachers(config, me, student.spec, store)
+        loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers, store)
     identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
     cleanup.callback(loader.close)
     evaluator = build_evaluator(config, me, student.spec)
@@ -160,7 +165,8 @@ def build(
             f"the cut; got {config.prune.steps}"
         )
     rows = assembly.header(config, me, student, teachers, loader.steps_per_epoch, total)
-    engine = build_engine(config, me, student, teachers, engine_config)
+    tokens = prompts.class_tokens if prompts else None
+    engine = build_engine(config, me, student, teachers, engine_config, class_tokens=tokens)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.train.seed + me.rank)
     state = State()
@@ -200,10 +206,12 @@ def build_engine(
     teachers: Teachers | None,
     engine_config: dict[str, Any],
     method_weights: Mapping[str, Tensor] | None = None,
+    class_tokens: Tensor | None = None,
 ) -> Any:
     """The DeepSpeed engine around student, heads and scales; equal weights on all ranks.
 
-    Heads and scales start from ``method_weights`` where they are given.
+    Heads and scales start from ``method_weights`` where they are given; ``class_tokens`` are for
+    methods with prompts.
     """
     import deepspeed
 
@@ -212,6 +220,7 @@ def build_engine(
         config.method,
         student_width=student.spec.embed_dim,
         teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
+        class_tokens=class_tokens,
         group=Exchange(
             me.group,
             num_chunks=config.train.num_chunks,
@@ -223,17 +232,42 @@ def build_engine(
         method.load_state_dict(method_weights)
     if config.train.torchcompile:
         student.tower.compile()
-    root = Distillation(student.tower, method).to(me.device)
-    optimizer = adamw(root, config.optim)
+    root = build_root(student.tower, method).to(me.device)
+    optimizer = build_optimizer(root, config.optim)
     engine, *_ = deepspeed.initialize(
         model=root, optimizer=optimizer, config=engine_config, dist_init_required=False
     )
     return engine
 
 
+def check_selection(own: Eval, sets: Sequence[EvalSet]) -> None:
+    """Refuse to select a student by what it is to be tested on.
+
+    Raises:
+        ValueError: the set does not exist, is none to validate on, or is never evaluated.
+    """
+    if not own.select:
+        return
+    name, _, metric = own.select.rpartition("/")
+    found = next((one for one in sets if one.name == name), None)
+    if found is None or not metric:
+        names = ", ".join(one.name for one in sets) or "none"
+        raise ValueError(
+            f"eval.select: expected SET/METRIC with one of the sets evaluated ({names}), got "
+            f"{own.select!r}"
+        )
+    if not (found.has_split and found.part == "val") and not own.select_on_test:
+        raise ValueError(
+            f"eval.select: {name} is a set to test on, and a student that is selected by it is not "
+            "tested any more; select by a list val, as in --eval.zeroshot "
+            "'NAME=SHARDS;SPLIT.json:val', or say --eval.select-on-test"
+        )
+
+
 def build_evaluator(config: RunConfig, me: Ranks, student: TowerSpec) -> Evaluator | None:
     """Open the evaluation sets, so that an error in them shows before the first step."""
     sets = parse_eval_sets(config.eval.retrieval, config.eval.zeroshot)
+    check_selection(config.eval, sets)
     if not sets:
         return None
     return Evaluator(

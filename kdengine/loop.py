@@ -2,6 +2,7 @@
 """The training loop: evaluate, save, stop, step, log."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from kdengine.log import Meter
 from kdengine.models import build_from_spec
 from kdengine.models.towers import LOG_SCALE_MAX
 from kdengine.optimizer import learning_rate, update
+from kdengine.pruning import View
 from kdengine.stop import EXIT_STOPPED
 
 
@@ -69,8 +71,12 @@ def train(job: Job) -> int:
             record(job, step, meter)
         stopping, save_asked = step.stop, step.save
     if job.ranks.first:
-        out = checkpoint.export_run(job.folder, job.folder / "export")
-        log.note(f"done: {state.step} steps; the student is in {out}")
+        out, which = job.folder / "export", "the student"
+        if config.eval.select:
+            which = f"the one with {config.eval.select} {state.best:.4f}"
+        else:
+            checkpoint.export_run(job.folder, out)
+        log.note(f"done: {state.step} steps; {which} is in {out}")
     job.ranks.barrier()
     return 0
 
@@ -201,7 +207,25 @@ def evaluate(job: Job) -> bool:
         return False
     job.state.evaluated_step = job.state.step
     job.log.evaluation(job.state.step, results, time.perf_counter() - start)
+    if job.config.eval.select:
+        keep_best(job, results, view)
     return True
+
+
+def keep_best(job: Job, results: Mapping[str, float], view: View) -> None:
+    """Export the student where the metric of ``eval.select`` is the highest so far."""
+    own, state = job.config.eval.select, job.state
+    if own not in results:
+        raise ValueError(
+            f"eval.select: there is no metric {own}; expected one of {', '.join(sorted(results))}"
+        )
+    if state.best is not None and results[own] <= state.best:
+        return
+    state.best = results[own]
+    if job.ranks.first:
+        out = job.folder / "export"
+        checkpoint.export_weights(view.weights, view.spec, out, job.folder, state)
+        job.log.note(f"{own} {state.best:.4f} at step {state.step}: exported to {out}")
 
 
 def save_due(job: Job, saved_step: int) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's parameter groups, the learning rate of each step, the step itself, and its undoing."""
+"""The optimiser's parameter groups, the rate of each step, the step itself, and its undoing."""
 
 import math
 from collections.abc import Iterable
@@ -31,13 +31,16 @@ def parameter_groups(
     return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
 
 
-def adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over a module's trainable parameters, in torch's fused form.
+def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW or SGD over a module's trainable parameters, in torch's fused form.
 
-    On two CPU cores it took 14 ms for 10 M parameters where the other form took 180 ms.
+    On two CPU cores AdamW's took 14 ms for 10 M parameters where the other form took 180 ms.
     """
+    groups = parameter_groups(module.named_parameters(), optim.wd)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
     return torch.optim.AdamW(
-        parameter_groups(module.named_parameters(), optim.wd),
+        groups,
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe of several trainings, each of which starts from the student of the one before.
+"""A recipe of several trainings, each of which goes on from the student of the one before.
+
+It starts from that student, or learns from it: this where the stage's own recipe names, as its
+teacher, what the recipe of the stage before exports when it is run alone.
 
 ``stages = ["RECIPE", ...]`` at the top of a recipe makes it such a one; beside it may stand the
 name of the run. Stage S is a run of its own in ``LOGS/NAME/S``. Every stage is resumed, so that the
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdengine import LOCAL_DIR, arguments
-from kdengine.config import recipe_stages
+from kdengine.config import load_recipe, recipe_stages
 
 
 def stage_lines(words: Sequence[str]) -> list[list[str]]:
@@ -28,13 +31,16 @@ def stage_lines(words: Sequence[str]) -> list[list[str]]:
         return [list(words)]
     run = arguments.parse(words).run
     lines: list[list[str]] = []
-    before = ""
+    before = alone = ""
     for stage in stages:
         name = f"{run.name}/{Path(stage).stem}"
         line = ["--recipe", stage, *rest, "--run.name", name, "--run.logs", run.logs]
         line += ["--run.resume", "latest"]
+        config = load_recipe(stage)
         if before:
-            line += ["--model.model", f"{LOCAL_DIR}{run.logs}/{before}/export"]
+            taught = config.distill.distill_model == (alone,)
+            option = "--distill.distill-model" if taught else "--model.model"
+            line += [option, f"{LOCAL_DIR}{run.logs}/{before}/export"]
         lines.append(line)
-        before = name
+        before, alone = name, f"{LOCAL_DIR}{config.run.logs}/{config.run.name}/export"
     return lines

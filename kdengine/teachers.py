@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdengine.data import ViewSpec
@@ -12,6 +13,8 @@ from kdengine.models import Features, Teacher, TowerSpec
 from kdengine.models.sizes import size_in_words
 
 T = TypeVar("T")
+# class texts in a forward pass
+TEXTS = 256
 
 
 class Teachers(Protocol):
@@ -93,6 +96,64 @@ class LiveTeachers:
             f"teacher {i}" if several else "teacher": f"{size(t.spec, t.tower)}, frozen"
             for i, t in enumerate(self._teachers, start=1)
         }
+
+
+class ClassTeacher:
+    """A frozen model that embeds images as they come, and the texts of their classes once.
+
+    Nothing about those texts changes, while PromptKD's released trainer encodes them in each step.
+
+    Args:
+        teacher: the model.
+        student: what the student is.
+        class_tokens: [N, context], the texts.
+        recompute: encode the texts in each step all the same.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: TowerSpec,
+        class_tokens: Tensor,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        self.specs: Sequence[TowerSpec] = [teacher.spec]
+        self._teacher, self._tokens = teacher, class_tokens
+        self._views = {"image": ViewSpec.like(student.preprocess)}
+        self._key = _key(self._views, ViewSpec.like(teacher.spec.preprocess), "teacher_image")
+        self.texts = self._encode()
+        self._recompute = recompute
+        self._scale = torch.tensor([teacher.scale()], device=self.texts.device)
+
+    def views(self) -> dict[str, ViewSpec]:
+        """Images that a batch must hold beside the student's ``image``, by name."""
+        return {name: wanted for name, wanted in self._views.items() if name != "image"}
+
+    def tokenizers(self) -> dict[str, str]:
+        """None: a batch holds no tokens."""
+        return {}
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Features, ...]:
+        """Raw image embeddings [b, E], the unit ones of the texts [N, E] in fp32, the scale."""
+        image = self._teacher.encode_image(batch[self._key])
+        texts = self._encode() if self._recompute else self.texts
+        # autograd refuses to save inference tensors; clones made out here are ordinary ones
+        return (Features(image.clone(), texts, self._scale),)
+
+    def checksum(self) -> int:
+        """Of its weights."""
+        return checksum(self._teacher.tower)
+
+    def rows(self) -> dict[str, str]:
+        """A line for the run's header."""
+        told = "encoded in each step" if self._recompute else "encoded once"
+        own = size(self._teacher.spec, self._teacher.tower)
+        return {"teacher": f"{own}, frozen; {len(self._tokens)} class texts, {told}"}
+
+    def _encode(self) -> Tensor:
+        parts = [self._teacher.encode_text(part) for part in self._tokens.split(TEXTS)]
+        return torch.cat([F.normalize(part.float(), dim=1).clone() for part in parts])
 
 
 def _key(there: dict[str, T], wanted: T, name: str) -> str:

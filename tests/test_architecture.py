@@ -10,12 +10,13 @@ import pytest
 
 # a module imports only from lower lines; siblings on one line do not import each other
 LINES = {
-    "kdengine.cli": 9,
-    "kdengine.train": 8,
-    "kdengine.loop": 7,
-    "kdengine.precompute": 7,
+    "kdengine.cli": 10,
+    "kdengine.train": 9,
+    "kdengine.loop": 8,
+    "kdengine.precompute": 8,
     "kdengine.inherit": 7,
-    "kdengine.job": 6,
+    "kdengine.job": 7,
+    "kdengine.prompting": 6,
     "kdengine.accumulate": 6,
     "kdengine.assembly": 5,
     "kdengine.evaluate": 5,
@@ -42,6 +43,7 @@ LINES = {
     "kdengine.reference": 0,
     "kdengine.reference_assign": 0,
     "kdengine.config": 0,
+    "kdengine.promptconfig": -1,
     "kdengine.log": 0,
     "kdengine.options": 0,
     "kdengine.stop": 0,

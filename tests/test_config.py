@@ -161,7 +161,7 @@ def test_a_length_on_the_command_line_replaces_the_recipes() -> None:
         ("--lr 3", "unknown option --lr; did you mean --optim.lr?"),
         ("--batch_size 3", "did you mean --train.batch-size or --eval.batch-size?"),
         ("--train.foo 3", "unknown option --train.foo; see --help"),
-        ("--optim.momentum 3", "unknown option --optim.momentum; see --help"),
+        ("--optim.nesterov 3", "unknown option --optim.nesterov; see --help"),
         ("--recipe nothing_like_it", "recipe 'nothing_like_it': no file"),
         ("--recipe", "--recipe: expected a name"),
         ("--optim.lr -3", "optim.lr: expected a learning rate > 0, got -3.0"),

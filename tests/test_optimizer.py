@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdengine.config import Optim
-from kdengine.optimizer import Buffers, adamw, decays, learning_rate, parameter_groups
+from kdengine.optimizer import Buffers, build_optimizer, decays, learning_rate, parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_groups_hold_every_trainable_parameter_once() -> None:
 def test_adamw_takes_our_settings_and_steps_as_its_formula() -> None:
     optim = Optim(lr=0.1, wd=0.3, beta1=0.8, beta2=0.9, eps=1e-5)
     model = nn.Linear(2, 2)
-    optimizer = adamw(model, optim)
+    optimizer = build_optimizer(model, optim)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-5)
@@ -48,6 +48,20 @@ def test_adamw_takes_our_settings_and_steps_as_its_formula() -> None:
     # after one step the corrected moments are the gradient and its square
     expected = before * (1 - 0.1 * 0.3) - 0.1 / (1 + 1e-5)
     torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_sgd_has_momentum_and_decays_matrices_alone() -> None:
+    optim = Optim(name="sgd", lr=0.1, wd=0.3, momentum=0.8)
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, optim)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    for velocity in (1.0, 1.8):
+        model.weight.grad, model.bias.grad = -0.3 * model.weight.detach(), torch.ones(2)
+        optimizer.step()
+        bias -= 0.1 * velocity
+    torch.testing.assert_close(model.bias.detach(), bias)
+    # the gradient cancels the decay
+    torch.testing.assert_close(model.weight.detach(), weight)
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak() -> None:

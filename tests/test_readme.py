@@ -41,7 +41,7 @@ def test_contributing_draws_the_enforced_lines(repository: Path) -> None:
     spec.loader.exec_module(module)
     text = (repository / "CONTRIBUTING.md").read_text()
     drawn = {}
-    for number, names in re.findall(r"^    (\d)  (.*)$", text, re.MULTILINE):
+    for number, names in re.findall(r"^    (-?\d+)  (.*)$", text, re.MULTILINE):
         for name in re.split(r"\s*\|\s*|\s{2,}", names.split("siblings")[0].strip()):
             drawn[name if name.startswith("kdengine") else f"kdengine.{name}"] = int(number)
     assert drawn == module.LINES

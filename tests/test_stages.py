@@ -29,6 +29,16 @@ def test_each_stage_starts_from_the_student_of_the_one_before() -> None:
         assert config.distill.teachers() == [("ViT-B-32", "laion2b_e16")]
 
 
+def test_a_stage_learns_from_the_one_before_where_its_recipe_does() -> None:
+    words = ["--recipe", "comkd_stages", "--run.logs=/logs", "--name", "mine"]
+    first, second = (arguments.parse(line) for line in stage_lines(words))
+    assert first.model.model == "ViT-L-14-quickgelu" and first.distill.distill_model == ()
+    assert second.model.model == "ViT-B-16-quickgelu"
+    assert second.distill.distill_model == ("local-dir:/logs/mine/comkd_teacher/export",)
+    assert (first.classes.half, first.classes.shots) == ("base", 16)
+    assert (second.classes.half, second.classes.shots) == ("all", 0)
+
+
 def test_other_recipes_are_left_alone() -> None:
     for words in (["--recipe", "clip_kd", "--run.name", "a"], ["--train.steps", "3"]):
         assert stage_lines(words) == [words]

@@ -19,7 +19,7 @@ from kdengine.checkpoint.folder import checkpoints, clean, find, read_meta, step
 from kdengine.checkpoint.masters import clamp_masters, student_weights, whole_weights
 from kdengine.checkpoint.resume import check, differences, starting_point
 from kdengine.checkpoint.state import State, random_state, set_random_state
-from kdengine.checkpoint.store import export_run, load, save, saved_student
+from kdengine.checkpoint.store import export_run, export_weights, load, save, saved_student
 
 __all__ = [
     "State",
@@ -29,6 +29,7 @@ __all__ = [
     "clean",
     "differences",
     "export_run",
+    "export_weights",
     "find",
     "load",
     "random_state",

@@ -21,6 +21,7 @@ class State:
     evaluated_step: int = 0
     elapsed_s: float = 0.0
     is_cut: bool = False
+    best: float | None = None
 
 
 def random_state() -> dict[str, Any]:

@@ -178,14 +178,29 @@ def export_run(
             "saved at least once"
         )
     meta = read_meta(path)
-    spec = TowerSpec.from_dict(meta["student"])
-    notes = {
-        "run": run_label(path.resolve().parents[1]),
-        "step": meta["state"]["step"],
-        "samples_seen": meta["state"]["samples_seen"],
-    }
     try:
         weights = load_file(path / STUDENT)
     except SafetensorError as error:
         raise damaged(path, error) from error
-    return export_student(weights, spec, out, force=force, notes=notes)
+    student = TowerSpec.from_dict(meta["student"])
+    return export_weights(
+        weights, student, out, path.resolve().parents[1], State(**meta["state"]), force=force
+    )
+
+
+def export_weights(
+    weights: Mapping[str, Tensor],
+    student: TowerSpec,
+    out: str | Path,
+    run: Path,
+    state: State,
+    *,
+    force: bool = False,
+) -> Path:
+    """Write a student of a run as it stands as a folder; see ``models.export_student``."""
+    notes = {
+        "run": run_label(run),
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+    }
+    return export_student(weights, student, out, force=force, notes=notes)

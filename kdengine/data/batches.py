@@ -15,7 +15,7 @@ from kdengine.data.views import ViewSpec
 Batch = dict[str, torch.Tensor]
 
 # names of a batch that no view and no token tensor may take
-RESERVED = ("sample", "valid", "window")
+RESERVED = ("sample", "valid", "window", "label")
 
 
 class Loader(abc.ABC):

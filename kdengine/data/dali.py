@@ -48,7 +48,7 @@ class ReaderSpec:
 
     `shuffle_buffer` 0 reads in order and the same part in every pass; otherwise the parts change
     hands and the archives are reordered after each pass, and samples are drawn from a buffer.
-    `files` are images on their own, read in order, in place of archives.
+    `files` are images on their own in place of archives; shuffling takes them all, not a buffer.
     """
 
     tars: tuple[str, ...]
@@ -138,6 +138,8 @@ def read(reader: ReaderSpec) -> tuple[Any, Any]:
             "shuffle_after_epoch_seed": derive_seed(reader.seed, 0),
         }
     if reader.files:
+        if reader.shuffle_buffer:
+            del order["random_shuffle"], order["initial_fill"]
         encoded, _ = fn.readers.file(files=list(reader.files), **shared, **order)
     else:
         tars, indexes = list(reader.tars), list(reader.indexes)

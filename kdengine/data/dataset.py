@@ -169,6 +169,10 @@ class DatasetIndex:
         found.shards, found.kept = kept_shards(self.shards, Path(folder))
         return found
 
+    def stamp(self, shard: ShardIndex) -> dict[str, Any]:
+        """What the index of one of the shards depends on."""
+        return next(meta["stamp"] for meta in self._metas if meta["shard"] == shard.tar)
+
     def labels(self) -> np.ndarray:
         """Class of every sample from its `.cls` member, int64 [num_samples]; -1 where none.
 
@@ -195,15 +199,21 @@ class DatasetIndex:
         keys = _map(shard.folder, "keys.bin", shard.generation)
         return bytes(keys[start:end]).decode("utf-8", "surrogateescape")
 
+    def keys(self) -> list[str]:
+        """Keys of all samples, in their order."""
+        found: list[str] = []
+        for shard in self.shards:
+            starts = _samples(shard)[:, KEY_START].tolist()
+            text = bytes(_map(shard.folder, "keys.bin", shard.generation))
+            pairs = zip(starts[:-1], starts[1:], strict=True)
+            found += [text[begin:end].decode("utf-8", "surrogateescape") for begin, end in pairs]
+        return found
+
     def files(self) -> list[str]:
         """Path of every image of a folder, in the order of the samples; [] for shards."""
         if self.classes is None or not self.shards:
             return []
-        (shard,) = self.shards
-        start = _samples(shard)[:, KEY_START]
-        keys = bytes(_map(shard.folder, "keys.bin", shard.generation))
-        pairs = zip(start[:-1], start[1:], strict=True)
-        return [f"{shard.tar}/{keys[begin:end].decode()}" for begin, end in pairs]
+        return [f"{self.shards[0].tar}/{key}" for key in self.keys()]
 
     def by_shard(self, numbers: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """Group global numbers: (shard, their positions in the argument, numbers in the shard).

@@ -33,6 +33,8 @@ def build_loader(
     caption: Literal["random", "first"] = "random",
     replay: Replay | None = None,
     crop_seed: int | None = None,
+    with_labels: bool = False,
+    flip: bool = False,
 ) -> Loader:
     """A loader of the good samples of an index, decoded by DALI in background threads.
 
@@ -46,6 +48,7 @@ def build_loader(
     Shapes, with b = batch_size on this rank:
         each view: [b, 3, size, size] float32, normalised; all views show the same window.
         each tokenizer: [b, context] int64; all of the same caption.
+        label: [b] int64, only `with_labels`: the class number of each sample.
         sample: [b] int64, global sample number; a shard listed twice keeps its first numbers.
         window: [b, 4] int64, (top, left, height, width) in the stored image.
         valid: [b] bool, only in evaluation.
@@ -68,20 +71,25 @@ def build_loader(
             and what is stored with them in the batch.
         crop_seed: in evaluation, random windows of training drawn with this seed, in place of the
             centre.
+        with_labels: tell the class of each sample.
+        flip: in training, mirror half of the images, all views alike, drawn anew each time.
 
     Memory: `shuffle_buffer` encoded images, and about four batches.
 
     Raises:
-        ValueError: an argument is off, the index is empty, or training has class folders or fewer
-            samples than one global batch.
+        ValueError: an argument is off, the index is empty, training on class folders has captions,
+            or there are fewer samples than one global batch.
         RuntimeError: the limit on open files is too low for so many shards. While iterating: DALI
             cannot read or decode a sample although the index lists it, because a shard was changed
             since; the message names both.
     """
     refuse_empty(index)
-    if train and index.classes is not None:
+    if train and index.classes is not None and tokenizers:
         folder = index.shards[0].tar
-        raise ValueError(f"data: training reads shards, and {folder} holds class folders")
+        raise ValueError(
+            f"data: training on pairs reads shards, and {folder} holds class folders, which have "
+            "no captions"
+        )
     if not 0 <= rank < world_size or seed < 0:
         raise ValueError(
             f"data: expected 0 <= rank < world_size and a seed of at least 0; got rank {rank} of "
@@ -112,4 +120,6 @@ def build_loader(
         caption=caption,
         replay=replay,
         crop_seed=crop_seed,
+        with_labels=with_labels,
+        flip=flip,
     )

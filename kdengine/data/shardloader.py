@@ -51,6 +51,8 @@ class ShardLoader(Loader):
         caption: str,
         replay: Replay | None,
         crop_seed: int | None,
+        with_labels: bool,
+        flip: bool,
     ) -> None:
         allow_open_files(len(index.shards))
         self._index = index
@@ -60,6 +62,8 @@ class ShardLoader(Loader):
         self._rank, self._world_size = rank, world_size
         self._num_threads, self._seed, self._caption = num_threads, seed, caption
         self._shuffle_buffer, self._replay, self._crop_seed = shuffle_buffer, replay, crop_seed
+        self._labels = index.labels() if with_labels else None
+        self._flip = flip
         self._device_id = device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         self._numbers = SourceNumbers(index)
@@ -123,6 +127,12 @@ class ShardLoader(Loader):
         choice = self._choose(numbers)
         for name, table in self._tables.items():
             batch[name] = self._tensor(table.tokens(numbers, choice))
+        if self._flip:
+            mirrored = self._tensor(self._noise(numbers) % 2 == 1)[:, None, None, None]
+            for name in self._views:
+                batch[name] = torch.where(mirrored, batch[name].flip(3), batch[name])
+        if self._labels is not None:
+            batch["label"] = self._tensor(self._labels[numbers])
         batch["sample"] = self._tensor(numbers)
         batch["window"] = self._tensor(raw.windows)
         if self._replay is not None:
@@ -136,9 +146,12 @@ class ShardLoader(Loader):
             return np.zeros(len(numbers), np.int64)
         # all tables hold the same captions
         num_captions = next(iter(self._tables.values())).num_captions(numbers)
+        return (self._noise(numbers) % num_captions.astype(np.uint64)).astype(np.int64)
+
+    def _noise(self, numbers: np.ndarray) -> np.ndarray:
+        """A draw for each row, uint64 [n], from (seed, step, row, sample) alone."""
         rows = np.arange(len(numbers), dtype=np.uint64)
-        noise = mix(self._seed, self.step, rows, numbers)
-        return (noise % num_captions.astype(np.uint64)).astype(np.int64)
+        return mix(self._seed, self.step, rows, numbers)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)
@@ -212,6 +225,7 @@ class TrainLoader(ShardLoader):
             "seed": self._seed,
             "shuffle_buffer": self._shuffle_buffer,
             "caption": self._caption,
+            **({"flip": True} if self._flip else {}),
             "stored views": self._replay and self._replay.digest,
             "sizes": sorted(view.size for view in self._views.values()),
             "device": self._device.type,

@@ -18,6 +18,8 @@ from kdengine import distributed
 from kdengine.data import Loader
 from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
 from kdengine.data.progress import Progress
+from kdengine.data.split import choose
+from kdengine.data.subset import subset
 from kdengine.data.summary import refuse_empty
 from kdengine.data.tokenize import load_tokenizer
 from kdengine.evaluate.classes import Contest, contest
@@ -90,7 +92,7 @@ class Evaluator:
         ]
         if distributed.rank(group) == 0:
             for one, (index, *_) in zip(self.sets, self.indexes, strict=True):
-                if one.kind == "zeroshot":
+                if one.kind == "zeroshot" and not one.has_split:
                     _warn_of_unused_names(one, index)
 
     def run(
@@ -167,6 +169,7 @@ class Evaluator:
             if one.kind == "retrieval":
                 return evaluate_retrieval(model, loaders[0], texts, self.tokenizer, **shared)
             names, labels = contestants
+            shared["halves"] = one.has_split
             return evaluate_zeroshot(
                 model, loaders[0], labels, names, templates, self.tokenizer, **shared
             )
@@ -226,6 +229,8 @@ def _open(
             tars = [shard.tar for shard in index.shards]
             if twice := {tar for tar in tars if tars.count(tar) > 1}:
                 raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
+        if one.has_split:
+            indexes = (_listed(one, indexes[0]),)
         if one.kind == "zeroshot":
             names, labels = _contest(one, indexes[0])
             check_labels(torch.as_tensor(labels), len(names))
@@ -234,7 +239,24 @@ def _open(
         return indexes
 
 
+def _listed(one: EvalSet, index: DatasetIndex) -> DatasetIndex:
+    """The samples of a list of the split file, with its classes."""
+    split = one.read_split()
+    chosen = choose(index, split.parts[one.part], str(one.classnames))
+    if chosen.lacking:
+        logger.warning(
+            "evaluation set %s: %d listed images are not in the data, or quarantined; the first is "
+            "%s",
+            one.name,
+            len(chosen.lacking),
+            chosen.lacking[0],
+        )
+    return subset(index, chosen.numbers, chosen.labels, split.classes)
+
+
 def _contest(one: EvalSet, index: DatasetIndex) -> Contest:
+    if one.has_split:
+        return Contest(one.read_classnames(), index.labels())
     return contest(index, one.read_classnames(), str(one.classnames))
 
 

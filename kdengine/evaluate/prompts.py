@@ -31,6 +31,8 @@ def read_classnames(path: str) -> list[str]:
 def read_templates(path: str) -> list[str]:
     """Prompt templates, one a line, ``{}`` or ``{c}`` for the name; ``imagenet`` for OpenAI's 80.
 
+    A text with a place for the name is a template itself, and no file.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: there is none, or a line lacks the place of the name.
@@ -39,6 +41,8 @@ def read_templates(path: str) -> list[str]:
         from kdengine.models.prompts import imagenet_templates
 
         return imagenet_templates()
+    if any(place in path for place in PLACES):
+        return [path]
     templates = [line for line in _lines(path, "templates") if line]
     for template in templates:
         _place(template, path)

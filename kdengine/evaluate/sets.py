@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdengine.data.shards import existing
+from kdengine.data.split import PARTS, Split, read_split
 from kdengine.evaluate.prompts import IMAGENET, read_classnames, read_templates
+
+# of sets with a split file that name no templates
+TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +26,10 @@ class EvalSet:
         kind: ``retrieval`` uses the captions, ``zeroshot`` and ``probe`` the ``.cls`` members or
             the class folders.
         test: what a probe is scored on, while it is fitted on ``shards``; probes only.
-        classnames: file of class names, or ``imagenet``; zero-shot sets only.
-        templates: file of prompt templates, or ``imagenet``; zero-shot sets only.
+        classnames: file of class names, or ``imagenet``; or a split file (``.json``), which also
+            says which images; zero-shot sets only.
+        templates: file of prompt templates, ``imagenet``, or a template; zero-shot sets only.
+        part: which list of the split file is evaluated.
     """
 
     name: str
@@ -32,6 +38,7 @@ class EvalSet:
     test: str | None = None
     classnames: str | None = None
     templates: str | None = None
+    part: str = "test"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -52,8 +59,19 @@ class EvalSet:
                 f"test on; got kind {self.kind!r} and test {self.test!r}"
             )
 
+    @property
+    def has_split(self) -> bool:
+        """Whether a split file says which images there are, and of which classes."""
+        return bool(self.classnames) and str(self.classnames).endswith(".json")
+
+    def read_split(self) -> Split:
+        """The split file."""
+        return read_split(str(self.classnames))
+
     def read_classnames(self) -> list[str]:
         """The class names; empty for retrieval."""
+        if self.has_split:
+            return self.read_split().classes
         return read_classnames(self.classnames) if self.classnames else []
 
     def read_templates(self) -> list[str]:
@@ -84,6 +102,9 @@ def parse_eval_sets(
     Retrieval takes ``NAME=SHARDS``, zero-shot ``NAME=SHARDS;CLASSNAMES;TEMPLATES``, a linear probe
     ``NAME=TRAIN;TEST``. Without class names and templates, ``X-zeroshot.tar`` (also
     ``X-zeroshot-{000..009}.tar``) takes ``X-classnames.txt`` and ``X-templates.txt`` beside it.
+    ``NAME=SHARDS;SPLIT.json`` evaluates the list ``test`` of a split file, and
+    ``NAME=SHARDS;SPLIT.json:val`` another one; without templates classes are called by
+    ``a photo of a {}.``
 
     Raises:
         ValueError: a malformed word, a name that occurs twice, or no files to be found.
@@ -93,6 +114,15 @@ def parse_eval_sets(
     for word in zeroshot:
         name, rest = _split(word)
         shards, *files = (part.strip() for part in rest.split(";"))
+        part = "test"
+        if files and (found := re.fullmatch(r"(.*\.json)(?::(\w+))?", files[0])):
+            part = found[2] or part
+            files = [found[1], *(files[1:] or [TEMPLATE])]
+            if part not in PARTS:
+                raise ValueError(
+                    f"evaluation set {name}: a split file has the lists {', '.join(PARTS)}; "
+                    f"{part!r} came"
+                )
         if not files:
             files = _files_beside(name, shards)
         if len(files) != 2:
@@ -100,7 +130,12 @@ def parse_eval_sets(
                 f"evaluation set {name}: expected 'NAME=SHARDS;CLASSNAMES;TEMPLATES', got {word!r}"
             )
         one = EvalSet(
-            name=name, shards=shards, kind="zeroshot", classnames=files[0], templates=files[1]
+            name=name,
+            shards=shards,
+            kind="zeroshot",
+            classnames=files[0],
+            templates=files[1],
+            part=part,
         )
         with one.named_in_errors():
             one.read_classnames()

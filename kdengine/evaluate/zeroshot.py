@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kdengine.data.split import half
 from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_images, embed_texts
 from kdengine.evaluate.prompts import fill
+from kdengine.evaluate.protocols import BASE, HARMONIC, NOVEL, harmonic_mean
 from kdengine.evaluate.retrieval import first_positive
 from kdengine.models import TwoTower
 
@@ -64,6 +66,29 @@ def zeroshot_metrics(
     }
 
 
+def half_metrics(
+    image: Tensor, classes: Tensor, labels: Tensor, *, group: ProcessGroup | None = None
+) -> dict[str, float]:
+    """The base-to-novel protocol: accuracy of images of each half, among classes of that half.
+
+    Shapes: as ``zeroshot_metrics``.
+
+    Returns:
+        ``base-top1``, ``novel-top1`` and their ``harmonic-mean``, fractions; nothing where a half
+        has no image.
+    """
+    found = {}
+    for name, which in ((BASE, "base"), (NOVEL, "novel")):
+        numbers = half(len(classes), which)
+        own = (labels >= numbers.start) & (labels < numbers.stop)
+        if not bool(own.any()):
+            return {}
+        rows, keys = image[own.to(image.device)], classes[numbers.start : numbers.stop]
+        competing = labels[own] - numbers.start
+        found[name] = zeroshot_metrics(rows, keys, competing, group=group)["zeroshot-top1"]
+    return {**found, HARMONIC: harmonic_mean(found[BASE], found[NOVEL])}
+
+
 def evaluate_zeroshot(
     model: TwoTower,
     loader: Iterable[Mapping[str, Tensor]],
@@ -72,6 +97,7 @@ def evaluate_zeroshot(
     templates: Sequence[str],
     tokenizer: Tokenizer,
     *,
+    halves: bool = False,
     batch_size: int = 256,
     group: ProcessGroup | None = None,
     device: torch.device | str = "cpu",
@@ -86,6 +112,7 @@ def evaluate_zeroshot(
         classnames: name of each class.
         templates: prompts with ``{}`` or ``{c}``.
         tokenizer: list of n texts -> token ids [n, context].
+        halves: also of each half of the classes among themselves, see ``half_metrics``.
         batch_size: prompts in a forward pass.
         group: the ranks that share the work; None for one process.
         device: where the model is.
@@ -105,7 +132,8 @@ def evaluate_zeroshot(
         model, classnames, templates, tokenizer, batch_size=batch_size, **shared
     )
     image = embed_images(model, loader, len(label), **shared)  # type: ignore[arg-type]
-    return zeroshot_metrics(image, classes, label, group=group)
+    metrics = zeroshot_metrics(image, classes, label, group=group)
+    return metrics | (half_metrics(image, classes, label, group=group) if halves else {})
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

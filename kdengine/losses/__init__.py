@@ -5,6 +5,7 @@ from kdengine.losses.clip import ClipLoss, DistillClipLoss
 from kdengine.losses.ensemble import ensemble, ensemble_width
 from kdengine.losses.gradients import gradient
 from kdengine.losses.inputs import unit_rows
+from kdengine.losses.moments import moment_alignment
 from kdengine.losses.named import (
     augmented_feature,
     cluster_cross_entropy,
@@ -38,6 +39,7 @@ __all__ = [
     "info_nce",
     "interactive_contrastive",
     "logit_kl",
+    "moment_alignment",
     "similarity_loss",
     "similarity_lse",
     "similarity_terms",

@@ -4,27 +4,43 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch import Tensor
+
 from kdengine import config
 from kdengine.distributed import Exchange, Group
 from kdengine.methods.base import Distillation, Embeddings, Method, joined, teacher_missing
+from kdengine.methods.classes import ClassDistillation, ClassMethod
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_kd import ClipKD
+from kdengine.methods.comkd import ComKD, ComKDTeacher
 from kdengine.methods.tinyclip import TinyClip
+from kdengine.models import TwoTower
 
 __all__ = [
+    "ClassDistillation",
+    "ClassMethod",
     "Clip",
     "ClipKD",
+    "ComKD",
+    "ComKDTeacher",
     "Distillation",
     "Embeddings",
     "Method",
     "TinyClip",
     "build_method",
+    "build_root",
     "joined",
     "needs_teacher",
     "teacher_missing",
 ]
 
-METHODS: dict[str, type[Method]] = {"clip": Clip, "clip_kd": ClipKD, "tinyclip": TinyClip}
+METHODS: dict[str, type[Method] | type[ClassMethod]] = {
+    "clip": Clip,
+    "clip_kd": ClipKD,
+    "tinyclip": TinyClip,
+    "comkd_teacher": ComKDTeacher,
+    "comkd": ComKD,
+}
 
 
 def needs_teacher(name: str) -> bool:
@@ -37,14 +53,16 @@ def build_method(
     *,
     student_width: int,
     teacher_widths: Sequence[int],
+    class_tokens: Tensor | None = None,
     group: Group | Exchange = None,
-) -> Method:
+) -> Method | ClassMethod:
     """Build the configured method.
 
     Args:
         method: the configuration; its field named like the method holds the method's own settings.
         student_width: width of the student's embeddings.
         teacher_widths: width of each teacher's, empty without a teacher.
+        class_tokens: [N, context], the texts of the classes, for methods that encode them.
         group: the ranks that share a batch, or how features travel between them.
 
     Raises:
@@ -52,10 +70,29 @@ def build_method(
     """
     if method.name == "clip":
         return Clip(group=group)
+    if method.name == "comkd_teacher":
+        assert class_tokens is not None
+        return ComKDTeacher(class_tokens)
     if not teacher_widths:
         raise teacher_missing(method.name)
     if method.name == "tinyclip":
         own = method.tinyclip
         scale = own.scale or None
         return TinyClip(len(teacher_widths), alpha=own.alpha, scale=scale, group=group)
+    if method.name == "comkd":
+        comkd = method.comkd
+        return ComKD(
+            kl=comkd.kl,
+            kl_reduction=comkd.kl_reduction,
+            temperature=comkd.temperature,
+            align=comkd.align,
+            group=group,
+        )
     return ClipKD(student_width, teacher_widths, **asdict(method.clip_kd), group=group)
+
+
+def build_root(student: TwoTower, method: Method | ClassMethod) -> Distillation | ClassDistillation:
+    """Student and method in the one module that the training engine sees."""
+    if isinstance(method, ClassMethod):
+        return ClassDistillation(student, method)
+    return Distillation(student, method)

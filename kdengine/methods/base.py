@@ -21,6 +21,31 @@ def teacher_missing(name: str) -> ValueError:
     )
 
 
+def kept_weights(who: str, weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights that are not 0.
+
+    Raises:
+        ValueError: one is negative, or all are 0.
+    """
+    negative = {name: weight for name, weight in weights.items() if weight < 0}
+    if negative:
+        raise ValueError(
+            f"{who}: a weight is at least 0; {negative} came; a term of weight 0 is left out"
+        )
+    kept = {name: weight for name, weight in weights.items() if weight != 0}
+    if not kept:
+        raise ValueError(
+            f"{who}: every weight is 0 ({dict(weights)}); set at least one term's weight above 0"
+        )
+    return kept
+
+
+def weighted_sum(weights: Mapping[str, float], terms: Mapping[str, Tensor]) -> Tensor:
+    """``sum_k weights[k] * terms[k]``, the only place where terms are weighted."""
+    weighted = [weight * terms[name] for name, weight in weights.items()]
+    return sum(weighted[1:], weighted[0])
+
+
 class Method(nn.Module, ABC):
     """Turns student and teacher features into loss terms; owns the heads and scales it learns.
 
@@ -41,18 +66,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
-        negative = {name: weight for name, weight in weights.items() if weight < 0}
-        if negative:
-            raise ValueError(
-                f"{type(self).__name__}: a weight is at least 0; {negative} came; a term of weight "
-                "0 is left out"
-            )
-        self.weights = {name: weight for name, weight in weights.items() if weight != 0}
-        if not self.weights:
-            raise ValueError(
-                f"{type(self).__name__}: every weight is 0 ({dict(weights)}); "
-                "set at least one term's weight above 0"
-            )
+        self.weights = kept_weights(type(self).__name__, weights)
 
     @abstractmethod
     def forward(
@@ -98,7 +112,12 @@ class Distillation(nn.Module):
 
     Whatever part of a step is computed, this module's forward computes it, so that ZeRO-3 fetches
     the weights.
+
+    Attributes:
+        wants: the tensors of a batch that ``forward`` takes, by their names.
     """
+
+    wants = ("image", "tokens")
 
     def __init__(self, student: TwoTower, method: Method) -> None:
         super().__init__()
@@ -122,7 +141,7 @@ class Distillation(nn.Module):
     ) -> Any:
         """One step's loss, or the part of it that belongs to the towers.
 
-        Formula: ``loss = sum_k weights[k] * terms[k]``, the only place where terms are weighted.
+        Formula: ``loss = sum_k weights[k] * terms[k]``.
 
         Shapes: image [b, 3, S, S], tokens [b, context], each teacher's embeddings [b, E], or
             [n + b, E] after n ``earlier`` ones.
@@ -160,13 +179,12 @@ class Distillation(nn.Module):
         heads = [self.method.heads(n) for n in range(len(teachers))] if diagnose else []
         with first_outputs(head for pair in heads if pair for head in pair[:2]) as seen:
             terms: dict[str, Tensor] = self.method(student, teachers, masked)
-        weighted = [weight * terms[name] for name, weight in self.method.weights.items()]
         logged = {name: term.detach() for name, term in terms.items()}
         logged["scale"] = student.scale.detach().squeeze()
         if diagnose:
             projected = [pair.project(seen) if pair else student[:2] for pair in heads]
             logged |= likeness(student, teachers, projected)
-        return sum(weighted[1:], weighted[0]), logged
+        return weighted_sum(self.method.weights, terms), logged
 
     def _embed(self, image: Tensor, tokens: Tensor) -> tuple[Embeddings, Tensor]:
         """The student's embeddings, and its scale."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdengine.models.build import build_from_spec
 from kdengine.models.prompted import PromptShape, start_from_words, train_only
-from kdengine.models.ragged import Tower
+from kdengine.models.pruning.ragged import Tower
 from kdengine.models.spec import TowerSpec
 from kdengine.models.towers import Student, Teacher
 
@@ -25,7 +25,12 @@ OWN = ("prompts", "bridge", "ragged")
 
 
 def prompted(
-    student: Student, shapes: Mapping[Tower, PromptShape], words: Tensor, *, seed: int
+    student: Student,
+    shapes: Mapping[Tower, PromptShape],
+    words: Tensor,
+    *,
+    seed: int,
+    grad_checkpointing: bool = False,
 ) -> Student:
     """A frozen model with prompts to train; those of the text tower start from words.
 
@@ -39,7 +44,7 @@ def prompted(
     spec = dataclasses.replace(
         student.spec, model_cfg={**student.spec.model_cfg, "prompts": listed}
     )
-    made = _filled(spec, student.tower.clip.state_dict(), seed)
+    made = _filled(spec, student.tower.clip.state_dict(), seed, grad_checkpointing)
     if "text" in shapes:
         start_from_words(made.tower.clip, words)
     train_only(made.tower.clip, list(shapes))
@@ -54,6 +59,7 @@ def grafted(
     num_keys: int,
     divisor: float | None = None,
     seed: int,
+    grad_checkpointing: bool = False,
 ) -> Student:
     """A frozen student with visual prompts, a bridge to train, and its teacher's text tower.
 
@@ -64,6 +70,7 @@ def grafted(
         num_keys: see ``bridge.Bridge``.
         divisor: see ``bridge.EduAttention``.
         seed: of prompts and bridge.
+        grad_checkpointing: recompute activations in the backward pass.
 
     Raises:
         ValueError: the student has prompts already, or its image tower takes none.
@@ -95,16 +102,18 @@ def grafted(
     for name, value in student.tower.clip.state_dict().items():
         if name.startswith("visual.") or name == "logit_scale":
             weights[name] = value
-    made = _filled(spec, weights, seed)
+    made = _filled(spec, weights, seed, grad_checkpointing)
     train_only(made.tower.clip, ["image"])
     return made
 
 
-def _filled(spec: TowerSpec, weights: Mapping[str, Tensor], seed: int) -> Student:
+def _filled(
+    spec: TowerSpec, weights: Mapping[str, Tensor], seed: int, grad_checkpointing: bool
+) -> Student:
     """The model of a spec with these weights; what they lack is random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = build_from_spec(spec)
+        tower = build_from_spec(spec, grad_checkpointing=grad_checkpointing)
     found = tower.clip.load_state_dict(dict(weights), strict=False)
     lacking = [name for name in found.missing_keys if not _is_new(name)]
     assert not lacking and not found.unexpected_keys, (lacking, found.unexpected_keys)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdengine.models.bridge import Bridge
-from kdengine.models.ragged import Tower
+from kdengine.models.pruning.ragged import Tower
 
 # the deviation of prompts that start from no words
 PROMPT_STD = 0.02

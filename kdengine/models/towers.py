@@ -123,6 +123,19 @@ class TwoTower(nn.Module):
         """Raw embeddings [b, D] of tokens [b, context]."""
         return self.clip(None, tokens)[1]
 
+    def bridged_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [b, 3, S, S] before and behind EduAttention, [b, E]; see ``models.bridge``."""
+        return self.clip.visual.bridged(self._cast(image))  # type: ignore[union-attr,operator]
+
+    def gate(self) -> nn.Parameter | None:
+        """The gate of EduAttention, where there is one."""
+        bridge: Any = getattr(self.clip.visual, "bridge", None)
+        return None if bridge is None or bridge.attention is None else bridge.attention.gate
+
+    def scale(self) -> Tensor:
+        """The multiplier of cosines, already exponentiated, fp32."""
+        return self.clip(None, None)[2]
+
     def _cast(self, image: Tensor) -> Tensor:
         """Give images the dtype of the weights: an engine may have cast those to bf16."""
         weights = self.clip.visual.parameters()  # type: ignore[union-attr,operator]

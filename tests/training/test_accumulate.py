@@ -54,12 +54,12 @@ def built(rank: int, world_size: int, line: list[str], optimizer: Any = None) ->
     from kdengine.ranks import Heartbeat
     from kdengine.stop import Stop
 
-    config, adamw = arguments.parse(line), job.adamw
+    config, usual = arguments.parse(line), job.build_optimizer
     with contextlib.ExitStack() as cleanup:
         me = job.start_ranks(config)
-        cleanup.callback(setattr, job, "adamw", adamw)
+        cleanup.callback(setattr, job, "build_optimizer", usual)
         if optimizer is not None:
-            job.adamw = optimizer
+            job.build_optimizer = optimizer
         heartbeat = Heartbeat(me)
         cleanup.callback(heartbeat.close)
         yield job.build(config, me, Stop(), heartbeat, cleanup)

@@ -23,7 +23,12 @@ from kdengine.config import RECIPES, load_recipe, recipe_names
 
 TEACHER, STUDENT = "clip_flickr8k", "clip_kd_flickr8k"
 STEPS = 4
-TEACHERS = {STUDENT: TEACHER, "demo_student_distilled": "demo_teacher"} | {
+TEACHERS = {
+    STUDENT: TEACHER,
+    "demo_student_distilled": "demo_teacher",
+    "comkd": "comkd_teacher",
+    "promptkd": "comkd_teacher",
+} | {
     name: "clip_vit_b16_cc"
     for name in recipe_names()
     if name.startswith("clip_kd_") and name.endswith("_cc")
