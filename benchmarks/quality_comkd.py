@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What IFAlign and EduAttention buy over PromptKD, base to novel; and what cached texts save.
+
+    python benchmarks/quality_comkd.py --seeds 3 [--sets cifar10 scenes]
+    python benchmarks/quality_comkd.py --seeds 10-12 --sets scenes -- --train.epochs 5
+
+Two CLIPs are trained on pairs once a data set (photos for cifar10, the demo's scenes for scenes): a
+teacher and a smaller student. For each seed the teacher learns prompts from shots of the base
+classes; then the student is distilled with each variant, from the same images without labels, and
+tested on images that it has not seen. All numbers of a run are those of its last step. Words behind
+``--`` go to every second stage.
+
+What is chosen is chosen on seeds 10-12; seeds 0-2 are for the report. A finished cell is a row of
+the results file, told by set, variant, seed and a digest of its settings; given again, the command
+runs what is not finished.
+
+The step times are of one student and teacher with few classes and with a thousand, their texts
+encoded once and in each step, as PromptKD's released trainer does.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import common, quality, trainings  # noqa: E402
+from benchmarks.quality_table import Row  # noqa: E402
+from kdengine import arguments  # noqa: E402
+from kdengine.config import to_dict  # noqa: E402
+from kdengine.data import ensure_index  # noqa: E402
+from kdengine.data.split import write_split  # noqa: E402
+from kdengine.demo import run  # noqa: E402
+from kdengine.demo.shards import render_data  # noqa: E402
+from kdengine.evaluate.protocols import BASE, HARMONIC, NOVEL, harmonic_mean  # noqa: E402
+
+RECIPE = Path(__file__).parent / "recipes" / "quality_comkd.toml"
+RESULTS = Path(__file__).parent / "results" / "quality_comkd"
+SHOTS = 16
+TEACHER = "teacher"
+VARIANTS = {
+    "KL (PromptKD)": (0.0, False),
+    "+ IFAlign": (1.0, False),
+    "+ EduAttention": (0.0, True),
+    "both (ComKD-CLIP)": (1.0, True),
+}
+# (training images, images to test on) of each class
+SHARES = {"train": 0.5, "val": 0.1}
+
+
+class Source(NamedTuple):
+    """A data set: its images, the file of its class names, and the pairs a CLIP is made from."""
+
+    name: str
+    shards: str
+    classnames: Path
+    recipe: str
+
+
+class Cell(NamedTuple):
+    """One training of a second stage."""
+
+    dataset: str
+    variant: str
+    seed: int
+    words: list[str]
+
+    @property
+    def identity(self) -> Row:
+        """What tells its row from others; no commit."""
+        found = to_dict(arguments.parse(self.words))
+        told = {k: found[k] for k in ("classes", "method", "optim", "prompt", "train")}
+        told["classes"].pop("split"), told["train"].pop("seed")
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        return {"set": self.dataset, "variant": self.variant, "seed": self.seed, "settings": digest}
+
+
+def sources(out: Path) -> dict[str, Source]:
+    data = Path(os.environ.get("KDENGINE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    scenes = out / "data"
+    return {
+        "cifar10": Source(
+            "cifar10",
+            str(data / "cifar10-zeroshot.tar"),
+            data / "cifar10-classnames.txt",
+            "clip_flickr8k",
+        ),
+        "scenes": Source(
+            "scenes",
+            str(scenes / "scenes-zeroshot.tar"),
+            scenes / "scenes-classnames.txt",
+            "demo_teacher",
+        ),
+        "imagenet": Source(
+            "imagenet",
+            str(data / "imagenet-sample-zeroshot.tar"),
+            data / "imagenet-sample-classnames.txt",
+            "clip_flickr8k",
+        ),
+    }
+
+
+def split_file(source: Source, options: argparse.Namespace, whole: bool = False) -> Path:
+    """The split of a set, drawn once; with ``whole`` all images are to be trained on."""
+    path = options.out / f"{source.name}-split.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index = ensure_index(
+            source.shards, index_dir=str(options.out / "index"), require="label", num_workers=0
+        )
+        names = source.classnames.read_text(encoding="utf-8").splitlines()
+        # classes without an image are none of a split's
+        used = np.unique(index.labels())
+        labels = np.searchsorted(used, index.labels())
+        shares = {"train": 1.0, "val": 0.0} if whole else SHARES
+        write_split(path, index, [names[n] for n in used], labels, **shares)
+    return path
+
+
+def once(folder: Path, words: Sequence[str], options: argparse.Namespace) -> Path:
+    """The export of a run, which is trained unless it is there."""
+    if not (folder / "export").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        place = ["--run.logs", str(folder.parent), "--run.name", folder.name]
+        line = ["kdengine/train.py", *words, *place, "--run.no-tensorboard"]
+        reason = trainings.run_here(line, folder.with_suffix(".log"), options.out)
+        if reason:
+            raise common.Refusal(f"quality_comkd: {folder.name} could not be trained: {reason}")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        print(f"  {folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return folder / "export"
+
+
+def clips(source: Source, options: argparse.Namespace) -> tuple[Path, Path]:
+    """A teacher's and a student's CLIP, trained on pairs."""
+    shared = ["--recipe", source.recipe, "--data.index-dir", str(options.out / "index")]
+    if options.clip_steps:
+        shared += ["--train.steps", str(options.clip_steps)]
+    pair = []
+    for role, model in (
+        ("wide", "ViT-Nano-64"),
+        ("narrow", "benchmarks/recipes/ViT-Femto-64.json"),
+    ):
+        folder = options.out / f"clip-{source.recipe}-{role}"
+        pair.append(once(folder, [*shared, "--model.model", model], options))
+    return pair[0], pair[1]
+
+
+def about(source: Source, split: Path, options: argparse.Namespace) -> list[str]:
+    """Words of both stages: what they train and are tested on."""
+    return [
+        # the recipe's tag belongs to its own models
+        *("--model.pretrained", "None"),
+        *("--data.train-data", source.shards, "--data.index-dir", str(options.out / "index")),
+        *("--classes.split", str(split)),
+        *("--eval.zeroshot", f"{source.name}={source.shards};{split}"),
+    ]
+
+
+def teach(
+    source: Source, split: Path, seed: int, options: argparse.Namespace, half: str = "base"
+) -> Path:
+    """The run of a first stage."""
+    wide, _ = clips(source, options)
+    folder = options.out / f"teacher-{source.name}-{seed}"
+    words = ["--recipe", str(RECIPE), *about(source, split, options)]
+    words += ["--method.name", "comkd_teacher", "--model.model", f"local-dir:{wide}"]
+    words += ["--classes.half", half, "--classes.shots", str(SHOTS), "--train.seed", str(seed)]
+    once(folder, [*words, *options.teacher_words], options)
+    return folder
+
+
+def plan(source: Source, options: argparse.Namespace) -> list[Cell]:
+    """All cells of a set, seed by seed."""
+    split = split_file(source, options)
+    _, narrow = clips(source, options)
+    cells = []
+    for seed in options.seeds:
+        teacher = teach(source, split, seed, options)
+        for variant, (align, attention) in VARIANTS.items():
+            words = ["--recipe", str(RECIPE), *about(source, split, options)]
+            words += ["--model.model", f"local-dir:{narrow}"]
+            words += ["--distill.distill-model", f"local-dir:{teacher / 'export'}"]
+            words += ["--method.comkd.align", repr(align)]
+            words += [f"--method.comkd.{'' if attention else 'no-'}attention"]
+            words += ["--train.seed", str(seed), *options.words]
+            cells.append(Cell(source.name, variant, seed, words))
+    return cells
+
+
+def train(cell: Cell, options: argparse.Namespace) -> Row:
+    """Run one cell; its row, with the reason in place of metrics if it failed."""
+    folder = (
+        options.out / "cells" / f"{cell.dataset}-{list(VARIANTS).index(cell.variant)}-{cell.seed}"
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    words = ["kdengine/train.py", *cell.words]
+    words += ["--run.logs", str(folder.parent), "--run.name", folder.name]
+    start = time.perf_counter()
+    reason = trainings.run_here(words, folder.with_suffix(".log"), options.out)
+    row: Row = {"benchmark": "quality_comkd", **cell.identity}
+    row["time_s"] = round(time.perf_counter() - start, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason:
+        return {**row, "reason": reason, **common.machine(device)}
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    row |= {"metrics": run.last_evaluation(folder), "cost": trainings.cost(folder)}
+    teacher = options.out / f"teacher-{cell.dataset}-{cell.seed}"
+    row["teacher"] = run.last_evaluation(teacher)
+    return {**row, "terms": quality.terms(folder), "gate": gate(folder), **common.machine(device)}
+
+
+def gate(folder: Path) -> float | None:
+    """EduAttention's gate at the end."""
+    return quality.read(folder / quality.METRICS)[-1].get("gate")
+
+
+def step_times(options: argparse.Namespace) -> list[Row]:
+    """A row for few and many classes, texts encoded once and in each step."""
+    rows = []
+    for name in ("cifar10", "imagenet"):
+        source = sources(options.out)[name]
+        split = split_file(source, options, whole=name == "imagenet")
+        wide, narrow = clips(source, options)
+        num_classes = len(source.classnames.read_text(encoding="utf-8").splitlines())
+        for recompute in (False, True):
+            folder = options.out / "cells" / f"step-{name}-{recompute}"
+            words = ["--recipe", str(RECIPE), *about(source, split, options)[:8]]
+            words += ["--model.model", f"local-dir:{narrow}", "--run.log-every-n-steps", "1"]
+            words += ["--distill.distill-model", f"local-dir:{wide}", "--train.steps", "12"]
+            words += ["--method.comkd.recompute-texts"] if recompute else []
+            once(folder, words, options)
+            # the first steps warm up
+            steps = quality.read(folder / quality.METRICS)[3:]
+            rows.append(
+                {
+                    "benchmark": "step_comkd",
+                    "set": name,
+                    "classes": num_classes,
+                    "texts": "in each step" if recompute else "once",
+                    "step_time_ms": statistics.median(step["step_time_ms"] for step in steps),
+                }
+            )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: percent, mean and spread over seeds; HM of the means, as papers print."""
+    columns = ["set", "loss", "base", "novel", "HM", "all classes", "gate", "s a cell"]
+    lines = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        taught = {row["seed"]: row["teacher"] for row in own}
+        lines.append([name, TEACHER, *_numbers(name, list(taught.values())), "", ""])
+        for variant in VARIANTS:
+            found = [row for row in own if row["variant"] == variant]
+            if found:
+                gates = [row["gate"] for row in found if row["gate"] is not None]
+                told = f"{statistics.mean(gates):+.3f}" if gates else ""
+                seconds = f"{statistics.mean(row['time_s'] for row in found):.0f}"
+                numbers = _numbers(name, [row["metrics"] for row in found])
+                lines.append([name, variant, *numbers, told, seconds])
+    return columns, lines
+
+
+def _numbers(name: str, metrics: Sequence[dict[str, float]]) -> list[str]:
+    def values(metric: str) -> list[float]:
+        return [100 * found[f"{name}/{metric}"] for found in metrics]
+
+    def told(own: list[float]) -> str:
+        spread = statistics.stdev(own) if len(own) > 1 else 0.0
+        return f"{statistics.mean(own):.1f} \u00b1 {spread:.1f}"
+
+    base, novel = values(BASE), values(NOVEL)
+    spread = told(values(HARMONIC)).partition(" ")[2]
+    middle = harmonic_mean(statistics.mean(base), statistics.mean(novel))
+    return [told(base), told(novel), f"{middle:.1f} {spread}", told(values("zeroshot-top1"))]
+
+
+def page(rows: Sequence[Row], steps: Sequence[Row]) -> str:
+    """The tables as a page."""
+    seeds = sorted({row["seed"] for row in rows})
+    columns, lines = table(rows)
+    times = [[r["set"], str(r["classes"]), r["texts"], f"{r['step_time_ms']:.0f}"] for r in steps]
+    return "\n".join(
+        [
+            "# What IFAlign and EduAttention buy over PromptKD",
+            "",
+            f"`python benchmarks/quality_comkd.py`, seeds {', '.join(map(str, seeds))}. Percent on",
+            "images to test on, each half of the classes by itself, mean \u00b1 standard deviation",
+            "over seeds; HM: of the mean accuracies. Students are transductive: they train on",
+            "images of all classes without labels; the teacher has seen labels of base classes.",
+            "",
+            *trainings.table_lines(columns, lines),
+            "",
+            "Step time, batch 32, texts of all classes encoded once or in each step:",
+            "",
+            *trainings.table_lines(["set", "classes", "texts encoded", "ms a step"], times),
+            "",
+            f"{trainings.machine_words(rows[0])}, commit "
+            f"{', '.join(sorted({row['commit'] for row in rows}))}.",
+            "",
+        ]
+    )
+
+
+def finished(path: Path, cells: Sequence[Cell]) -> list[Row]:
+    """Rows with metrics of these cells, in their order; of several the last."""
+    names = ("set", "variant", "seed", "settings")
+    rows = [row for row in trainings.load_rows(path) if "metrics" in row]
+    known = {tuple(row[name] for name in names): row for row in rows}
+    keys = [tuple(cell.identity.values()) for cell in cells]
+    return [known[key] for key in keys if key in known]
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    seeds: Callable[[str], list[int]] = quality.seed_range
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="3, or 10-12, or 1,5")
+    parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
+    parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their recipe's")
+    parser.add_argument("--out", type=Path, help="folder of data, models and runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="path without ending")
+    own, rest = list(words), []
+    if "--" in own:
+        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    options.words = rest
+    # as long as its students
+    length = [i for i, word in enumerate(rest) if word in ("--train.steps", "--train.epochs")]
+    options.teacher_words = [word for i in length for word in rest[i : i + 2]]
+    options.out = (options.out or common.REPOSITORY / "runs" / "quality_comkd").resolve()
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if words is None else words)
+    os.environ["KDENGINE_DEMO"] = str(options.out)
+    known = sources(options.out)
+    if unknown := set(options.sets) - {"cifar10", "scenes"}:
+        raise common.Refusal(f"--sets: expected cifar10, scenes; {sorted(unknown)} came")
+    if "scenes" in options.sets:
+        render_data(options.out / "data", 0)
+    cells = [cell for name in options.sets for cell in plan(known[name], options)]
+    path = options.results.with_suffix(".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {tuple(row[k] for k in ("set", "variant", "seed")) for row in finished(path, cells)}
+    left = [cell for cell in cells if (cell.dataset, cell.variant, cell.seed) not in done]
+    print(f"{len(cells)} cells, {len(done)} of them finished; results in {path}", flush=True)
+    num_failed = 0
+    for number, cell in enumerate(left, start=1):
+        print(
+            f"[{number}/{len(left)}] {cell.dataset}, {cell.variant}, seed {cell.seed}", flush=True
+        )
+        row = train(cell, options)
+        common.append_json(path, row)
+        if "reason" in row:
+            num_failed += 1
+            print(f"  failed: {row['reason']}", flush=True)
+            continue
+        told = ", ".join(f"{k} {100 * row['metrics'][f'{cell.dataset}/{k}']:.1f}"
+                         for k in (BASE, NOVEL, HARMONIC))  # fmt: skip
+        print(f"  {row['time_s']:.0f} s: {told}", flush=True)
+    rows = finished(path, cells)
+    if rows:
+        text = page(rows, step_times(options))
+        options.results.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text)
+    return quality.race.WRONG if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.command(main))
