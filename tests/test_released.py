@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
@@ -48,13 +49,23 @@ def embeddings(student: Student) -> Any:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_dense_checkpoint_is_read(student: Student, tmp_path: Path, several: bool) -> None:
+def test_a_dense_checkpoint_is_read(
+    student: Student, tmp_path: Path, several: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "released.pt"
     tensors = laid_out(student.tower.clip.half().float().state_dict(), several=several)
     torch.save({"epoch": 6, "state_dict": tensors, "args": argparse.Namespace(lr=1e-4)}, path)
     found = released_student(path, str(tmp_path / "model.json"))
     assert "ragged" not in found.spec.model_cfg
     torch.testing.assert_close(embeddings(found), embeddings(student))
+    words = ["convert", str(path), str(tmp_path / "out"), "--model", str(tmp_path / "model.json")]
+    assert main(words) == 0
+    assert "M without token embedding\nload it with open_clip" in capsys.readouterr().out
+    clip = open_clip.create_model(f"local-dir:{tmp_path / 'out'}", require_pretrained=True)
+    torch.manual_seed(0)
+    image, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 49407, (2, 77))
+    assert torch.equal(clip.eval().encode_image(image), embeddings(found).image)
+    assert torch.equal(clip.encode_text(tokens), embeddings(found).text)
 
 
 def test_a_pruned_checkpoint_tells_its_sizes(
