@@ -141,12 +141,12 @@ def test_a_term_of_weight_zero_is_never_computed(
 
         monkeypatch.setattr(module, function, called)
 
-    for function in ("similarity_terms", "feature", "interactive_contrastive"):
+    for function in ("similarity_terms", "unit_feature", "interactive_contrastive"):
         spy(function)
     terms = method(features(8), [features(5, seed=1)])
     assert name not in terms and name not in method.weights
     names = [call["function"] for call in calls]
-    assert ("feature" in names) == (name != "fd")
+    assert ("unit_feature" in names) == (name != "fd")
     assert ("interactive_contrastive" in names) == (name != "icl")
     (relational,) = [call for call in calls if call["function"] == "similarity_terms"]
     assert (relational["teacher_query"] is not None) == (name != "crd")
