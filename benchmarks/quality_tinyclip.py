@@ -23,7 +23,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ from benchmarks.cells import Cell  # noqa: E402
 from benchmarks.quality_table import Row, shown_metrics  # noqa: E402
 from benchmarks.quality_tinyclip_table import SLOW  # noqa: E402
 from kdengine import LOCAL_DIR  # noqa: E402
+from kdengine.demo import run  # noqa: E402
 from kdengine.demo.shards import render_data  # noqa: E402
 from kdengine.inherit import parameter_counts  # noqa: E402
 from kdengine.log import EVALUATIONS, read  # noqa: E402
@@ -49,6 +50,7 @@ BASE, STAGES = "quality_tinyclip", "quality_tinyclip_75_50_25"
 RESNET, VIT = "teacher", "teacher_vit"
 TEACHERS = {RESNET: "demo_teacher", VIT: str(RECIPES / "quality_tinyclip_teacher.toml")}
 HALVES = {RESNET: RECIPES / "RN-Pico-64-half.json", VIT: RECIPES / "ViT-Micro-64-half.json"}
+WHOLE = {"RN, whole": RESNET, "ViT, whole": VIT}
 # steps between evaluations, where one student is to reach what another ends with
 EVERY = 24
 SPEED_BATCH = 64
@@ -121,34 +123,40 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     return planned
 
 
-def about(cell: Cell, out: Path) -> Row:
-    """The student's size, and how its metrics rose."""
-    folder = cell.folders(out)[-1]
+def teacher_row(name: str, folder: Path) -> Row:
+    """What a student's row has, of a teacher; no seed."""
+    row: Row = {"benchmark": "quality", "recipe": BASE, "variant": name, "seed": None}
+    row |= {"metrics": run.last_evaluation(folder), "cost": trainings.cost(folder)}
+    return {**row, **about(folder), **common.machine(torch.device("cpu"))}
+
+
+def about(folder: Path) -> Row:
+    """A model's size, and how the metrics of its run rose."""
     curve = read(folder / EVALUATIONS)
     shown = shown_metrics(list(curve[-1]))
     rising = [[one["step"], statistics.mean(one[name] for name in shown)] for one in curve]
     return {"size": parameter_counts(load_model(folder / "export")), "curve": rising}
 
 
-def speeds(planned: Sequence[Cell], out: Path, seconds: float = 20.0) -> list[Row]:
-    """Forward passes of these students' towers, in turn; a row each."""
+def speeds(models: Mapping[str, Path], seed: int, seconds: float = 20.0) -> list[Row]:
+    """Forward passes of the towers of these runs' exports, in turn; a row each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {}
-    for cell in planned:
-        model = load_model(cell.folders(out)[-1] / "export")
+    for name, folder in models.items():
+        model = load_model(folder / "export")
         side = model.spec.preprocess.size
         clip = model.tower.clip.to(device).eval()
         image = torch.randn(SPEED_BATCH, 3, side, side, device=device)
         tokens = torch.randint(1, 40_000, (SPEED_BATCH, model.spec.context_length), device=device)
-        runs[cell.variant, "images"] = lambda clip=clip, x=image: clip.encode_image(x)
-        runs[cell.variant, "texts"] = lambda clip=clip, x=tokens: clip.encode_text(x)
+        runs[name, "images"] = lambda clip=clip, x=image: clip.encode_image(x)
+        runs[name, "texts"] = lambda clip=clip, x=tokens: clip.encode_text(x)
     with torch.inference_mode():
         times = common.time_interleaved(runs, device, seconds)
     rows = []
-    for cell in planned:
-        row = {"benchmark": "quality_speed", **cell.identity}
+    for name in models:
+        row: Row = {"benchmark": "quality_speed", "variant": name, "seed": seed}
         for what in ("images", "texts"):
-            spread = times[cell.variant, what]
+            spread = times[name, what]
             row[f"{what}_per_second"] = 1e3 * SPEED_BATCH / spread.median_ms
             row[f"{what}_ms"] = spread._asdict()
         rows.append({**row, **common.machine(device)})
@@ -180,13 +188,18 @@ def main(words: Sequence[str] | None = None) -> int:
         inherit(options.out, folder)
     planned = plan(options)
     path = options.results.with_suffix(".jsonl")
-    num_failed = cells.train_all(path, planned, options.out, lambda cell: about(cell, options.out))
+    num_failed = cells.train_all(
+        path, planned, options.out, lambda cell: about(cell.folders(options.out)[-1])
+    )
     first = [cell for cell in planned if cell.seed == options.seeds[0]]
     if not options.variants and not cells.unfinished(path, first):
-        for row in speeds(first, options.out):
+        teachers = {name: options.out / folder for name, folder in WHOLE.items()}
+        models = {**teachers, **{cell.variant: cell.folders(options.out)[-1] for cell in first}}
+        new = [teacher_row(name, folder) for name, folder in teachers.items()]
+        for row in new + speeds(models, options.seeds[0]):
             common.append_json(path, row)
         rows = trainings.load_rows(path)
-        text = quality_tinyclip_table.page(rows, options.seeds)
+        text = quality_tinyclip_table.page(rows, options.seeds, list(models))
         options.results.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
     return race.WRONG if num_failed else 0

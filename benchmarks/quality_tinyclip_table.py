@@ -20,14 +20,17 @@ SHARE = 1 / 1.4
 Found = Mapping[tuple[str, int], Row]
 
 
-def by_cell(rows: Sequence[Row], seeds: Sequence[int], benchmark: str) -> dict[tuple, Row]:
-    """The last row with these numbers of each variant and seed."""
-    what = "metrics" if benchmark == "quality" else "images_per_second"
-    return {
+def by_cell(
+    rows: Sequence[Row], seeds: Sequence[int], names: Sequence[str], what: str
+) -> dict[tuple, Row]:
+    """The last row that has this of each variant and seed, in the order of the names."""
+    found = {
         (row["variant"], row["seed"]): row
         for row in rows
-        if row["benchmark"] == benchmark and what in row and row["seed"] in seeds
+        # a teacher has none
+        if what in row and row["seed"] in (*seeds, None) and row["variant"] in names
     }
+    return {key: found[key] for name in names for key in found if key[0] == name}
 
 
 def accuracy(row: Row) -> float:
@@ -44,7 +47,7 @@ def students(found: Found, speeds: Found) -> list[str]:
     """A line a variant: size, speed, metrics, time."""
     metrics = shown_metrics(list(next(iter(found.values()))["metrics"]))
     columns = ["student", "M parameters", "with token embedding", "images/s", "texts/s"]
-    columns += [*map(short, metrics), "mean", "s a cell", "s of a core"]
+    columns += [*map(short, metrics), "mean", "s in steps", "s a cell", "s of a core"]
     lines = []
     for variant in dict.fromkeys(name for name, _ in found):
         own = [row for (name, _), row in found.items() if name == variant]
@@ -55,7 +58,10 @@ def students(found: Found, speeds: Found) -> list[str]:
             cells.append(f"{_mean(fast, lambda r, w=what: r[w]):.0f}" if fast else "")
         for value in (*(lambda r, m=m: 100 * r["metrics"][m] for m in metrics), accuracy):
             cells.append(_spread([value(row) for row in own]))
-        cells += [f"{_mean(own, lambda r, w=w: r[w]):.0f}" for w in ("time_s", "cpu_time_s")]
+        cells.append(f"{_mean(own, _steps_s):.0f}")
+        for what in ("time_s", "cpu_time_s"):
+            known = [row[what] for row in own if what in row]
+            cells.append(f"{statistics.mean(known):.0f}" if known else "")
         lines.append(cells)
     return table_lines(columns, lines)
 
@@ -90,10 +96,11 @@ def gains(found: Found, seeds: Sequence[int]) -> list[str]:
     return table_lines(["", "points of the mean", "by seed"], lines)
 
 
-def page(rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """All tables, with the command that made them."""
-    found, speeds = (by_cell(rows, seeds, name) for name in ("quality", "quality_speed"))
-    first = next(iter(found.values()))
+def page(rows: Sequence[Row], seeds: Sequence[int], names: Sequence[str]) -> str:
+    """All tables, with the command that made them; variants in the order of their names."""
+    found, speeds = (by_cell(rows, seeds, names, what) for what in ("metrics", "images_per_second"))
+    first = next(row for row in found.values() if row["seed"] is not None)
+    every = {row["curve"][0][0] for row in found.values() if len(row.get("curve", ())) > 1}
     commits = sorted({row["commit"] for row in (*found.values(), *speeds.values())})
     return "\n".join(
         [
@@ -102,13 +109,16 @@ def page(rows: Sequence[Row], seeds: Sequence[int]) -> str:
             f"`python benchmarks/quality_tinyclip.py`, seeds {', '.join(map(str, seeds))}; "
             f"{first['cost']['steps']} steps of affinity mimicking each.",
             "Percent, mean \u00b1 standard deviation over the seeds; `mean` is that of the metrics",
-            "shown. Parameters of both towers. Forward passes of batches of 64, one seed, all",
-            "students in turn. `s of a core`: processor seconds, evaluations included.",
+            "shown. `whole`: the teachers. Parameters without the token embedding, and with it.",
+            "Forward passes of batches of 64, one seed, all in turn. `s in steps`: the median step",
+            "times their number, of a training; `s a cell`, `s of a core`: the process, by the clock",
+            "and of processors, with its start and evaluations.",
             "",
             *students(found, speeds),
             "",
             f"Steps, of which at most {SHARE:.2f} were expected; `as good`: the mean is the random",
-            "student's last one. Evaluated every few steps, so a step is rounded up.",
+            f"student's last one. Evaluated every {min(every, default=0)} steps, so that is "
+            "rounded up.",
             "",
             *steps_saved(found, seeds),
             "",
@@ -122,6 +132,10 @@ def page(rows: Sequence[Row], seeds: Sequence[int]) -> str:
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], Any]) -> float:
     return statistics.mean(value(row) for row in rows)
+
+
+def _steps_s(row: Row) -> float:
+    return 1e-3 * row["cost"]["steps"] * row["cost"]["step_time_ms"]
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -72,7 +72,7 @@ def test_half_is_half() -> None:
 
 def row_of(variant: str, seed: int, value: float, curve: list[list[float]]) -> dict[str, Any]:
     size = {"both, without token embedding": 600_000, "all": 3_750_000}
-    cost = {"steps": 60}
+    cost = {"steps": 60, "step_time_ms": 200.0}
     where = {"commit": "abc", "device": "cpu", "num_cores": 2, "torch": "2"}
     row = {"benchmark": "quality", "recipe": "r", "variant": variant, "seed": seed, "cost": cost}
     metrics = {"s/image_to_text_R@1": value, "s/image_to_text_R@5": 1.0, "h/zeroshot-top1": value}
@@ -91,12 +91,14 @@ def test_the_page_says_when_the_inherited_student_is_as_good() -> None:
     ]
     speed = {"benchmark": "quality_speed", "images_per_second": 123.4, "texts_per_second": 5.0}
     rows.append({**speed, "variant": "RN, random half", "seed": 0, "commit": "def"})
-    page = quality_tinyclip_table.page(rows, [0, 1])
+    page = quality_tinyclip_table.page(rows, [0, 1], ["RN, manual half", "RN, random half"])
     assert "| RN, manual half | 0 | 30.0 | 40.0 | 30 | 60 | 0.50 |" in page
     assert "| RN, manual half | 1 | 50.0 | 40.0 |  | 60 | never |" in page
     assert "| RN, manual half over RN, random half | +0.0 | +10.0, -10.0 |" in page
     line = "| RN, random half | 0.600 | 3.750 | 123 | 5 | 40.0 \u00b1 14.1 | 40.0 \u00b1 14.1 |"
     assert line in page and "commit abc, def." in page
+    assert "| 12 | 10 | 9 |" in page and "every 15 steps" in page
+    assert page.index("| RN, manual half | 0.6") < page.index("| RN, random half | 0.6")
 
 
 def test_finished_students_are_not_trained_again(
@@ -140,3 +142,11 @@ def test_another_cut_is_another_cell(out: Path) -> None:
     assert one != cells.digest(words, out / "teacher", half={"width": 2})
     assert one == cells.digest([*words, "--train.seed", "4"], out / "teacher", half={"width": 1})
     assert one != cells.digest([*words, "--optim.lr", "1"], out / "teacher", half={"width": 1})
+
+
+def test_the_page_is_that_of_its_rows(repository: Path) -> None:
+    folder = repository / "benchmarks" / "results"
+    page = (folder / "quality_tinyclip.md").read_text()
+    rows = rows_of(folder / "quality_tinyclip.jsonl")
+    names = [*quality_tinyclip.WHOLE, *quality_tinyclip.variants(Path("out"))]
+    assert quality_tinyclip_table.page(rows, [0, 1, 2], names) == page
