@@ -42,7 +42,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     ("words", "message"),
     [
         ([], "kdengine: expected one of train, cache, index"),
-        (["evaluate"], "kdengine: expected one of train, cache, index, pack, inherit, convert"),
+        (["evaluate"], "kdengine: expected one of train, cache, index, pack, cluster, balance"),
         (["index"], "index: expected shards, got none"),
         (["index", "x.tar", "--workers", "two"], "--workers: expected a whole number, got 'two'"),
         (["index", "x.tar", "--max_pixels="], "--max_pixels: expected a value, got an empty text"),
