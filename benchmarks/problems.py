@@ -26,7 +26,7 @@ class Objective(NamedTuple):
         soft: CRD.
         rest: both directions of ICL, and FD.
         units: 4 for InfoNCE, 6 with the teacher's matrix, 2 for each direction of ICL.
-        raw: the rows are not of unit length; the loss normalises them.
+        raw: the rows are not of unit length; ``engine_loss`` normalises them, once for all terms.
     """
 
     hard: bool

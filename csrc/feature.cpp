@@ -53,6 +53,7 @@ void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix&
 void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
                       const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu) {
   check_feature(student, teacher, grad, grad_unit);
+  check_feature(student, teacher, grad, out);
   with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;

@@ -77,6 +77,7 @@ void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix&
 void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
                       const Matrix& grad_unit, const Matrix& out, bool normalize, Cuda cuda) {
   check_feature(student, teacher, grad, grad_unit);
+  check_feature(student, teacher, grad, out);
   if (student.rows == 0) return;
   with_kernel(student, teacher, [&](auto* s, auto* t, auto kept) {
     using S = std::remove_pointer_t<decltype(s)>;

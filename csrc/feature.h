@@ -35,6 +35,10 @@ inline void check_feature(const Matrix& student, const Matrix& teacher, const Ma
          shape_of(teacher), " came");
   expect(per_row.rows == 1 && per_row.cols == student.rows, "feature: expected (1, ", student.rows,
          ") numbers, one a row; ", shape_of(per_row), " came");
+  const bool is_double = student.dtype == Dtype::f64 && teacher.dtype == Dtype::f64;
+  const Dtype real = is_double ? Dtype::f64 : Dtype::f32;
+  expect(per_row.dtype == real, "feature: expected ", name_of(real), " numbers, one a row; ",
+         shape_of(per_row), " came");
   const bool fits = like_student.rows == student.rows && like_student.cols == student.cols;
   expect(is_absent(like_student) || (fits && like_student.dtype == student.dtype),
          "feature: expected unit rows like the student, ", shape_of(student), "; ",

@@ -88,5 +88,6 @@ def _backends(device: str) -> tuple[Table, dict[str, int]]:
             reason = reason and reason.replace(f" of {op}", "")
             number = reasons.setdefault(reason, len(reasons) + 1) if reason else None
             cells.append(f"no ({number})" if number else "yes")
-        table.add_row(op, _backend.name_of("auto"), *cells)
+        auto = _backend.name_of("auto")
+        table.add_row(op, auto if (op, auto) in _backend.MODULES else "none", *cells)
     return table, reasons

@@ -207,7 +207,8 @@ def evaluate(job: Job) -> bool:
         return False
     job.state.evaluated_step = job.state.step
     job.log.evaluation(job.state.step, results, time.perf_counter() - start)
-    if job.config.eval.select:
+    # before its cut a student is larger than it was asked to be
+    if job.config.eval.select and job.pruning is None:
         keep_best(job, results, view)
     return True
 

@@ -96,6 +96,9 @@ def refuse_with_prompts(config: Any) -> None:
     """
     fields = {
         "data.dataset_type": ("webdataset", config.data.dataset_type == "webdataset"),
+        "data.keep": ("none", config.data.keep is None),
+        "train.num_chunks": ("none", config.train.num_chunks is None),
+        "train.regather": ("False", not config.train.regather),
         "distill.cache": ("none, as crops are drawn anew", config.distill.cache is None),
         "prune.target": ("0", not config.prune.target),
         "train.accum_freq": ("1", config.train.accum_freq == 1),

@@ -15,7 +15,10 @@ from kdengine.ranks import Ranks
 # teacher and engine file matter less than what is in them (``IDENTITY``)
 FREE = (
     "run.",
-    "eval.",
+    "eval.retrieval",
+    "eval.zeroshot",
+    "eval.val_frequency",
+    "eval.batch_size",
     "data.workers",
     "data.index_dir",
     "data.train_data",

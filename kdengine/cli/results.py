@@ -36,7 +36,8 @@ def evaluate(
     Args:
         model: Exported folder, run folder (its latest checkpoint), or 'ARCHITECTURE@TAG'.
         retrieval: Sets of image-caption pairs, each 'NAME=SHARDS'.
-        zeroshot: Classification sets, each 'NAME=SHARDS' or 'NAME=SHARDS;CLASSNAMES;TEMPLATES'.
+        zeroshot: Classification sets, each 'NAME=SHARDS', 'NAME=SHARDS;CLASSNAMES;TEMPLATES' or
+            'NAME=DATA;SPLIT.json[:val]'.
         probe: Sets for a linear probe of the image embeddings, each 'NAME=TRAIN;TEST'.
         batch_size: Images in a batch.
         index_dir: Folder for the index; by default a run's data.index_dir, or beside the shards.

@@ -17,6 +17,7 @@ rows.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,11 @@ class Search:
         if count is None:
             total = embeddings.num_rows
             count = 0 if total <= EXACT_ROWS else total // CELL_ROWS
+        elif count > embeddings.num_rows:
+            raise ValueError(
+                f"balance: --cells is at most the number of rows, {embeddings.num_rows}; "
+                f"got {count}"
+            )
         self.count = count
         draw = np.random.default_rng(wanted.seed)
         size = min(SAMPLE, embeddings.num_rows)
@@ -250,6 +256,9 @@ def balance_command(
             count = search.count
     # what is written below must not be taken for an older result
     (out / folder.MANIFEST).unlink(missing_ok=True)
+    for name in FILES:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_parts(out, embeddings, "keep", found.keep)
     write_parts(out, embeddings, "stands", found.stands)
     told = describe(embeddings, wanted, found, count)

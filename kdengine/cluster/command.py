@@ -105,7 +105,8 @@ def _begin(out: Path, wanted: dict[str, Any]) -> IO[str]:
 def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -> None:
     """Iterate until it is done, and write the results."""
     saved = out / STATE
-    if saved.exists():
+    # a file system of several machines may show it to some of them only
+    if me.broadcast(saved.exists()):
         state = torch.load(saved, weights_only=True)
         state = kmeans.State(state["centroids"], state["objectives"], state["num_split"])
     else:

@@ -185,7 +185,8 @@ class DatasetIndex:
     def image_bytes(self, number: int) -> bytes:
         """The encoded image of a sample of an archive."""
         [(shard, _, local)] = self.by_shard(np.array([number], np.int64))
-        with open(shard.idx, encoding="ascii") as file:
+        # not the part of it that is kept
+        with open(Path(shard.folder, "images.idx"), encoding="ascii") as file:
             line = next(itertools.islice(file, int(local[0]) + 1, None))
         _, offset, size, _ = line.split()
         with open(shard.tar, "rb") as archive:

@@ -38,6 +38,11 @@ def kept_shards(shards: Sequence[ShardIndex], folder: Path) -> tuple[tuple[Shard
         raise FileNotFoundError(
             f"data.keep: {folder} is no folder; expected what 'kdengine balance' wrote"
         )
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"data.keep: {folder} has no manifest.json: 'kdengine balance' has not finished it; "
+            "run it again"
+        )
     absent = [shard for shard in shards if not _path(folder, shard).is_file()]
     if absent:
         raise FileNotFoundError(

@@ -68,7 +68,8 @@ def _matched(student: Features, teacher: Features, *, group: Exchange, backend: 
     else:
         ours = _Spread.apply(*student[:3], group, backend)
         image, text, scale, *_ = teacher
-        theirs = forward(image, group.gather(text), scale, group, backend)[:2]
+        with torch.no_grad():
+            theirs = forward(image, group.gather(text), scale, group, backend)[:2]
     return F.mse_loss(ours[0], theirs[0]) + F.mse_loss(ours[1], theirs[1])
 
 
@@ -121,6 +122,7 @@ def check_pairs(
     teacher = inputs.check_features(
         who, teacher_image, teacher_text, teacher_scale, normalize=normalize
     )
+    inputs.check_constant(who, teacher_scale=teacher.scale)
     for name, x in (("text", text), ("teacher_image", teacher_image)):
         if x.shape != image.shape:
             raise ValueError(

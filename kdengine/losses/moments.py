@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from kdengine import distributed
-from kdengine.distributed import Group
+from kdengine.distributed import Exchange, Group
 from kdengine.losses import inputs
 
 
-def moment_alignment(student: Tensor, teacher: Tensor, *, group: Group = None) -> Tensor:
+def moment_alignment(student: Tensor, teacher: Tensor, *, group: Group | Exchange = None) -> Tensor:
     """IFAlign: the batch's mean and variance of every feature dimension match the teacher's.
 
     ``1/E sum_d |mean_d - mean_d^teacher| + 1/E sum_d |var_d - var_d^teacher|``, biased variance,
@@ -24,7 +24,7 @@ def moment_alignment(student: Tensor, teacher: Tensor, *, group: Group = None) -
     biased variance are PromptAlign's, reconstructed here. At a batch of 8 and width 768 the
     variances' part is some 20 times smaller than the means'.
     """
-    who = "moment_alignment"
+    who, group = "moment_alignment", Exchange.over(group).group
     inputs.check_pair(who, "student", student, "teacher", teacher)
     inputs.check_constant(who, teacher=teacher)
     if student.shape != teacher.shape or not len(student):

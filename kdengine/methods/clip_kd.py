@@ -231,7 +231,7 @@ class ClipKD(Method):
         if self.fd_name not in self.weights:
             return unit_features(student), {}
         how: dict[str, Any] = {"reduction": self.fd_reduction, "backend": self.backend}
-        if masked is None:
+        if masked is None or self.mask_all:
             seen, image = unit_feature(student.image, teacher.image, **how)
         else:
             image = unit_rows(student.image)

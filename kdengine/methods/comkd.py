@@ -96,7 +96,7 @@ class ComKD(ClassMethod):
         self._kl = "kl_mean" if kl_reduction == "mean" else "kl"
         super().__init__({self._kl: kl, "align": align})
         self.temperature = temperature
-        self.group, self.backend = Exchange.over(group).group, backend
+        self.exchange, self.backend = Exchange.over(group), backend
 
     def forward(
         self, student: TwoTower, image: Tensor, label: Tensor, teachers: Sequence[Features]
@@ -126,7 +126,7 @@ class ComKD(ClassMethod):
             )
             terms[self._kl] = divergence / (len(text) if self._kl == "kl_mean" else 1)
         if "align" in self.weights:
-            terms["align"] = moment_alignment(unit, guide, group=self.group)
+            terms["align"] = moment_alignment(unit, guide, group=self.exchange)
         with torch.no_grad():
             same = (fused @ text.T).argmax(1) == (guide @ text.T).argmax(1)
             terms["agreement"] = same.float().mean()

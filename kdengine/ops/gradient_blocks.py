@@ -72,6 +72,8 @@ def forward(
     Shapes: query (n, D) of this rank, key (W n, D) of all. Returns: g_x and g_y (n, D); log-sum-exp
     without the positive and the positive, of these rows (2, n) and of all columns (2, W n).
     """
+    # before anything is computed that the backward could do nothing with
+    _backend.choose("gradient", [query, key], backend)
     dtype, total = _backend.statistics_dtype(query, key), len(key)
     labels, none = _pairs(query, key, spread), query.new_empty(0)
     rows, part, soft_rows, soft_cols, *_ = torch.ops.kdengine.similarity_forward(

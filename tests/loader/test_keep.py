@@ -24,6 +24,7 @@ def write(folder: Path, index: Any, keep: np.ndarray) -> Path:
         place = folder / "shards" / shard.label
         place.mkdir(parents=True)
         np.save(place / "keep.npy", keep[shard.first : shard.first + shard.num_samples])
+    (folder / "manifest.json").write_text("{}")
     return folder
 
 
@@ -95,4 +96,12 @@ def test_what_cannot_be_used_is_refused(shards: str, tmp_path: Path) -> None:
         index.keep(folder)
     place.unlink()
     with pytest.raises(FileNotFoundError, match="has no list for 1 of 3 shards"):
+        index.keep(folder)
+
+
+def test_a_result_that_was_not_finished_is_refused(shards: str, tmp_path: Path) -> None:
+    index = ensure_index(shards, tokenizers=["simple:77"])
+    folder = write(tmp_path / "keep", index, np.ones(48, bool))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has not finished it; run it again"):
         index.keep(folder)
