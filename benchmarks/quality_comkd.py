@@ -36,7 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import common, quality, trainings  # noqa: E402
+from benchmarks import cells as trained  # noqa: E402
+from benchmarks import common, race, trainings  # noqa: E402
 from benchmarks.quality_table import Row  # noqa: E402
 from kdengine import arguments  # noqa: E402
 from kdengine.config import to_dict  # noqa: E402
@@ -45,6 +46,7 @@ from kdengine.data.split import write_split  # noqa: E402
 from kdengine.demo import run  # noqa: E402
 from kdengine.demo.shards import render_data  # noqa: E402
 from kdengine.evaluate.protocols import BASE, HARMONIC, NOVEL, harmonic_mean  # noqa: E402
+from kdengine.log import METRICS, read  # noqa: E402
 
 RECIPE = Path(__file__).parent / "recipes" / "quality_comkd.toml"
 RESULTS = Path(__file__).parent / "results" / "quality_comkd"
@@ -220,12 +222,12 @@ def train(cell: Cell, options: argparse.Namespace) -> Row:
     row |= {"metrics": run.last_evaluation(folder), "cost": trainings.cost(folder)}
     teacher = options.out / f"teacher-{cell.dataset}-{cell.seed}"
     row["teacher"] = run.last_evaluation(teacher)
-    return {**row, "terms": quality.terms(folder), "gate": gate(folder), **common.machine(device)}
+    return {**row, "terms": trained.terms(folder), "gate": gate(folder), **common.machine(device)}
 
 
 def gate(folder: Path) -> float | None:
     """EduAttention's gate at the end."""
-    return quality.read(folder / quality.METRICS)[-1].get("gate")
+    return read(folder / METRICS)[-1].get("gate")
 
 
 def step_times(options: argparse.Namespace) -> list[Row]:
@@ -244,7 +246,7 @@ def step_times(options: argparse.Namespace) -> list[Row]:
             words += ["--method.comkd.recompute-texts"] if recompute else []
             once(folder, words, options)
             # the first steps warm up
-            steps = quality.read(folder / quality.METRICS)[3:]
+            steps = read(folder / METRICS)[3:]
             rows.append(
                 {
                     "benchmark": "step_comkd",
@@ -328,7 +330,7 @@ def finished(path: Path, cells: Sequence[Cell]) -> list[Row]:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    seeds: Callable[[str], list[int]] = quality.seed_range
+    seeds: Callable[[str], list[int]] = trained.seed_range
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="3, or 10-12, or 1,5")
     parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
     parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their recipe's")
@@ -379,7 +381,7 @@ def main(words: Sequence[str] | None = None) -> int:
         text = page(rows, step_times(options))
         options.results.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
-    return quality.race.WRONG if num_failed else 0
+    return race.WRONG if num_failed else 0
 
 
 if __name__ == "__main__":

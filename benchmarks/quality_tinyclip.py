@@ -39,9 +39,9 @@ from benchmarks.quality_tinyclip_table import SLOW  # noqa: E402
 from kdengine import LOCAL_DIR  # noqa: E402
 from kdengine.demo import run  # noqa: E402
 from kdengine.demo.shards import render_data  # noqa: E402
-from kdengine.inherit import parameter_counts  # noqa: E402
 from kdengine.log import EVALUATIONS, read  # noqa: E402
 from kdengine.models import load_model  # noqa: E402
+from kdengine.models.sizes import parameter_counts  # noqa: E402
 
 RECIPES = Path("benchmarks/recipes")
 RESULTS = Path(__file__).parent / "results" / "quality_tinyclip"
@@ -135,7 +135,7 @@ def about(folder: Path) -> Row:
     curve = read(folder / EVALUATIONS)
     shown = shown_metrics(list(curve[-1]))
     rising = [[one["step"], statistics.mean(one[name] for name in shown)] for one in curve]
-    return {"size": parameter_counts(load_model(folder / "export")), "curve": rising}
+    return {"size": parameter_counts(load_model(folder / "export").tower.clip), "curve": rising}
 
 
 def speeds(models: Mapping[str, Path], seed: int, seconds: float = 20.0) -> list[Row]:

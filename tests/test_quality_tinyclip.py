@@ -10,8 +10,8 @@ import pytest
 from benchmarks import cells, quality_tinyclip, quality_tinyclip_table, trainings
 from kdengine import arguments
 from kdengine.config import load_recipe, to_toml
-from kdengine.inherit import parameter_counts
 from kdengine.models import build_student
+from kdengine.models.sizes import parameter_counts
 from kdengine.pruning import lacking, original_parameters
 from kdengine.stages import stage_lines
 
@@ -65,7 +65,7 @@ def test_half_is_half() -> None:
     what = "both, without token embedding"
     resnet = build_student("RN-Pico-64", seed=0)
     half = build_student(str(quality_tinyclip.HALVES[quality_tinyclip.RESNET]), seed=0)
-    share = parameter_counts(half)[what] / parameter_counts(resnet)[what]
+    share = parameter_counts(half.tower.clip)[what] / parameter_counts(resnet.tower.clip)[what]
     # widths are whole heads of its attention pooling
     assert 0.5 < share < 0.58
 

@@ -21,6 +21,7 @@ class Shard:
     idx: str
     num_samples: int
     first: int
+    num_read: int | None = None
 
 
 class Table:
@@ -42,12 +43,12 @@ class Index:
 
     num_quarantined = 3
     quarantine_paths = ("/q",)
-    classes = None
+    classes = kept = None
 
     def __init__(self, shards: list[tuple[str, str, int]]) -> None:
         firsts = np.cumsum([0] + [shard[2] for shard in shards]).tolist()
         self.shards = tuple(Shard(*s, first) for s, first in zip(shards, firsts, strict=False))
-        self.num_samples = firsts[-1]
+        self.num_samples = self.num_read = firsts[-1]
 
     def captions(self, tokenizer_id: str) -> Table:
         return Table(len(tokenizer_id))
