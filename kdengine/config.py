@@ -285,10 +285,10 @@ class Eval:
     retrieval: tuple[str, ...] = ()
     """Sets of image-caption pairs, each 'NAME=SHARDS'."""
     zeroshot: tuple[str, ...] = ()
-    """Classification sets, each 'NAME=SHARDS;CLASSNAMES;TEMPLATES' (two text files, or the word
-    imagenet), or 'NAME=DATA;SPLIT.json[:val]'; without them X-zeroshot.tar takes X-classnames.txt
-    and X-templates.txt beside it; a folder with a folder of images for each class may stand for the
-    shards."""
+    """Classification sets, each 'NAME=SHARDS;CLASSNAMES;TEMPLATES' (two text files, or the
+    word imagenet) or 'NAME=DATA;SPLIT.json[:val]'; without them X-zeroshot.tar takes
+    X-classnames.txt and X-templates.txt beside it; a folder with a folder of images for
+    each class may stand for the shards."""
     val_frequency: int = 0
     """Evaluate every so many steps; 0 only at the end."""
     batch_size: int = 128
