@@ -21,11 +21,14 @@ from torch import Tensor
 
 from kdengine.ops import extension
 from kdengine.ops._backend import statistics_dtype
-
-# rows and columns of a tile
-TILE = 128
-# rows of a strip begin at multiples of so many elements: fast kernels of the library
-ALIGNED = 16
+from kdengine_kernels.library import (
+    TILE,
+    add_product,
+    multiply,
+    new_strip,
+    operand,
+    strip_height,
+)
 
 
 class Logits(NamedTuple):
@@ -100,7 +103,7 @@ def forward(
         for part, strip in _strips([Term(student, pull, none)], both, unit, budget):
             # so that rounding a row's only large probability costs nothing
             total = strip.sum(1, keepdim=True, dtype=attended.dtype)
-            pulled = _multiply(strip, student.right) / torch.where(total == 0, 1.0, total)
+            pulled = multiply(strip, student.right) / torch.where(total == 0, 1.0, total)
             attended[part] = pulled[:, : key.shape[1]]
     return row_stats, col_stats, teacher_rows, teacher_cols, attended, new(0, num_rows, num_cols)
 
@@ -137,13 +140,13 @@ def backward(
     grad_scale = factor.new_zeros(())
     for part, strip in _strips(terms, (labels.int(), col_labels.int()), unit, budget):
         if need_query or need_scale:
-            pulled = _multiply(strip, right) / unit
+            pulled = multiply(strip, right) / unit
             # with z = scale * cosine it is the radial part of the features' gradient
             grad_scale += (pulled * left[part]).sum()
             if need_query:
                 grad_query[part] = (pulled * factor)[:, : query.shape[1]]
         if need_key:
-            _add_product(total, strip.mT, left[part])
+            add_product(total, strip.mT, left[part])
     grad_key = total.mul_(factor / unit)[:, : key.shape[1]].to(key.dtype).contiguous()
     return (
         grad_query if need_query else query.new_empty(0),
@@ -168,7 +171,7 @@ def _matrices(
         dtype = torch.promote_types(left.dtype, right.dtype)
         if real == torch.float64:
             dtype = real
-        left, right = (_operand(x.detach().to(dtype)) for x in (left, right))
+        left, right = (operand(x.detach().to(dtype)) for x in (left, right))
         found.append(Logits(left, right, number.detach().reshape(1).to(real)))
     return found
 
@@ -177,17 +180,7 @@ def _alike(matrices: list[Logits]) -> list[Logits]:
     """Of one dtype, as a kernel over two matrices needs them: float32 where dtypes differ."""
     if len({x.left.dtype for x in matrices}) == 1:
         return matrices
-    return [Logits(_operand(x.float()), _operand(y.float()), s) for x, y, s in matrices]
-
-
-def _operand(x: Tensor) -> Tensor:
-    """Row-major, its rows whole pieces of 16 bytes that begin at multiples of 16 bytes."""
-    padding = -x.shape[1] % (16 // x.itemsize)
-    x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
-    # a view may begin anywhere, and a single row counts as contiguous whatever its stride
-    if x.data_ptr() % 16 == 0 and x.stride() == (x.shape[1], 1):
-        return x
-    return x.new_empty(x.shape).copy_(x)
+    return [Logits(operand(x.float()), operand(y.float()), s) for x, y, s in matrices]
 
 
 def _sweep(
@@ -261,9 +254,10 @@ def _strips(
     last = [terms[0], *[x for x in terms[1:] if x.logits.left.dtype == left.dtype][:1]]
     batches = [*([x] for x in terms if all(x is not y for y in last)), last]
     itemsize = left.itemsize + scale.itemsize * (len(batches) > 1)
-    height = _strip_height(left, num_cols, itemsize, budget)
-    whole = _new_strip(left, height, num_cols)
-    sums = _new_strip(scale, height if len(batches) > 1 else 0, num_cols)
+    processors = _num_processors(left.device)
+    height = min(len(left), strip_height(left, num_cols, itemsize, budget, processors))
+    whole = new_strip(left, height, num_cols)
+    sums = new_strip(scale, height if len(batches) > 1 else 0, num_cols)
     one = torch.ones_like(scale)
     for first in range(0, len(left), height):
         part = slice(first, min(first + height, len(left)))
@@ -288,35 +282,7 @@ def _strips(
         yield part, strip
 
 
-def _strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
-    """Rows of a strip: its product with the keys fills the processors, within the budget.
-
-    A row takes ``itemsize`` bytes a column, and 8 for each of its features.
-    """
-    num_processors = 1
-    if left.is_cuda:
-        num_processors = torch.cuda.get_device_properties(left.device).multi_processor_count
-    full = TILE * max(1, num_processors // -(-left.shape[1] // 256))
-    row_bytes = itemsize * -(-num_cols // ALIGNED) * ALIGNED + 8 * left.shape[1]
-    allowed = max(TILE, budget // row_bytes // TILE * TILE)
-    return min(full, allowed, len(left))
-
-
-def _new_strip(like: Tensor, height: int, num_cols: int) -> Tensor:
-    stride = -(-num_cols // ALIGNED) * ALIGNED
-    return like.new_empty(height, stride)[:, :num_cols]
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 or float64."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in its dtype."""
-    if a.dtype == total.dtype or not a.is_cuda:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kdengine_kernels import library
 from kdengine_kernels.tuning import Config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -99,16 +100,6 @@ def tile_numbers(
     return first + tile % in_group % height, tile % in_group // height
 
 
-def _operand(x: Tensor) -> Tensor:
-    """Row-major, its rows and its first element at multiples of 16 bytes, as TMA wants them."""
-    padding = -x.shape[1] % (16 // x.itemsize)
-    x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
-    # a view may begin anywhere, and a single row counts as contiguous whatever its stride
-    if x.data_ptr() % 16 == 0 and x.stride() == (x.shape[1], 1):
-        return x
-    return x.new_empty(x.shape).copy_(x)
-
-
 class Matrix(NamedTuple):
     """A similarity matrix ``scale * left @ right.T``, as kernels take it.
 
@@ -129,7 +120,7 @@ class Matrix(NamedTuple):
         if INTERPRETED and dtype == torch.bfloat16:
             # the interpreter cannot multiply it
             dtype = torch.float32
-        left, right = (_operand(x.detach().to(dtype)) for x in (left, right))
+        left, right = (library.operand(x.detach().to(dtype)) for x in (left, right))
         return Matrix(left, right, scale.detach().reshape(1))
 
     @property
@@ -171,35 +162,5 @@ def num_programs(num_tiles: int, device: torch.device, *, is_rare: bool) -> int:
 
 
 def strip_height(left: Tensor, num_cols: int, itemsize: int, budget: int) -> int:
-    """Rows of a strip: its product with the keys fills the processors, within the budget.
-
-    A row takes ``itemsize`` bytes a column, and 8 for each of its features.
-    """
-    full = 128 * max(1, num_processors(left.device) // triton.cdiv(left.shape[1], 256))
-    row_bytes = itemsize * triton.cdiv(num_cols, 16) * 16 + 8 * left.shape[1]
-    allowed = max(128, budget // row_bytes // 128 * 128)
-    return min(full, allowed, triton.cdiv(len(left), 128) * 128)
-
-
-def new_strip(left: Tensor, height: int, num_cols: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (height, num_cols) whose rows begin at multiples of 32 bytes or more.
-
-    So the library multiplies it by its fast kernels for any number of columns.
-    """
-    stride = triton.cdiv(num_cols, 16) * 16
-    return left.new_empty(height, stride, dtype=dtype)[:, :num_cols]
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in float32."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        total.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    """Rows of a strip on the device of ``left``; see ``library.strip_height``."""
+    return library.strip_height(left, num_cols, itemsize, budget, num_processors(left.device))

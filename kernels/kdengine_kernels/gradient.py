@@ -13,17 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdengine_kernels.common import (
-    LOG2E,
-    Matrix,
-    add_product,
-    has_tma,
-    multiply,
-    new_strip,
-    strip_height,
-    tile_numbers,
-    tile_product,
-)
+from kdengine_kernels.common import LOG2E, Matrix, has_tma, strip_height, tile_numbers, tile_product
+from kdengine_kernels.library import add_product, multiply, new_strip
 from kdengine_kernels.tuning import config
 
 

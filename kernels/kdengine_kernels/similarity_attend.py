@@ -27,14 +27,13 @@ from kdengine_kernels.common import (
     Matrix,
     fixed_shift,
     has_tma,
-    multiply,
-    new_strip,
     num_programs,
     shifted_exp,
     strip_height,
     tile_numbers,
     tile_product,
 )
+from kdengine_kernels.library import multiply, new_strip
 from kdengine_kernels.similarity_statistics import row_others
 from kdengine_kernels.similarity_sweep import Side, Sweep, finalise, sweep
 from kdengine_kernels.tuning import Config, config

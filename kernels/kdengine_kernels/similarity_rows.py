@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdengine_kernels.common import LOG2E, Matrix, add_product, multiply, new_strip, strip_height
+from kdengine_kernels.common import LOG2E, Matrix, strip_height
+from kdengine_kernels.library import add_product, multiply, new_strip
 from kdengine_kernels.similarity_attend import exponentials
 from kdengine_kernels.similarity_sweep import Side, sweep
 from kdengine_kernels.tuning import config

@@ -19,15 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kdengine_kernels.common import (
-    Matrix,
-    add_product,
-    has_tma,
-    multiply,
-    new_strip,
-    num_programs,
-    strip_height,
-)
+from kdengine_kernels.common import Matrix, has_tma, num_programs, strip_height
+from kdengine_kernels.library import add_product, multiply, new_strip
 from kdengine_kernels.similarity_gradient import _gradient_kernel
 from kdengine_kernels.similarity_gradient_vectors import _coefficients_kernel, _positives_kernel
 from kdengine_kernels.similarity_sweep import positives

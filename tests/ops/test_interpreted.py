@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdengine import losses, reference
 from kdengine.ops import _backend, extension, similarity
-from kdengine_kernels import common, tuning
+from kdengine_kernels import common, library, tuning
 from kdengine_kernels import similarity as kernels
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -218,7 +218,7 @@ def test_ugly_features(make: Any, kind: Any) -> None:
 @pytest.mark.parametrize("num_cols", [1, 63, 64, 65])
 def test_rows_of_a_strip_are_aligned(num_cols: int) -> None:
     for dtype in (torch.float16, torch.float32):
-        strip = common.new_strip(torch.empty(1, 8, dtype=dtype), 5, num_cols)
+        strip = library.new_strip(torch.empty(1, 8, dtype=dtype), 5, num_cols)
         assert strip.shape == (5, num_cols) and strip.dtype == dtype
         assert strip.stride(0) * strip.itemsize % 16 == 0 and strip.stride(0) < num_cols + 16
 
