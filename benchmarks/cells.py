@@ -85,21 +85,21 @@ class Cell(NamedTuple):
         return {**row, "terms": terms(last), **common.machine(device)}
 
 
-def train_teacher(recipe: str, out: Path, name: str = "teacher") -> Path:
-    """The teacher's run, the folder of that name in ``out``, trained unless its export is there.
+def train_once(folder: Path, words: Sequence[str], out: Path) -> Path:
+    """A run that others build on, trained with these words unless its export is there.
 
     Raises:
         Refusal: it could not be trained.
     """
-    folder = out / name
     if not (folder / "export").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"the teacher: {recipe}", flush=True)
-        words = ["kdengine/train.py", "--recipe", recipe, "--run.logs", str(out)]
-        words += ["--run.name", name, "--run.no-tensorboard"]
+        print(f"{folder.name}: {' '.join(words[:2])}", flush=True)
+        line = ["kdengine/train.py", *words, "--run.logs", str(folder.parent)]
+        line += ["--run.name", folder.name, "--run.no-tensorboard"]
         start = time.perf_counter()
-        if reason := trainings.run_here(words, folder.with_suffix(".log"), out):
-            raise common.Refusal(f"the teacher {recipe} could not be trained: {reason}")
+        if reason := trainings.run_here(line, folder.with_suffix(".log"), out):
+            raise common.Refusal(f"{folder.name} could not be trained: {reason}")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     return folder
 
@@ -142,7 +142,7 @@ def plain(values: Row) -> Row:
         # of an export the run's name, too
         parts = Path(model).parts
         found["model.model"] = "/".join(parts[-2:] if parts[-1] == "export" else parts[-1:])
-    for name in ("data.train_data", "eval.retrieval", "eval.zeroshot"):
+    for name in ("data.train_data", "eval.retrieval", "eval.zeroshot", "classes.split"):
         # folders go: what is left of a path is its last part
         texts = [found[name]] if isinstance(found[name], str) else found[name]
         found[name] = [re.sub(r"[^=;:]*/", "", text) for text in texts]

@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ["KDENGINE_DEMO"] = str(options.out)
     if str(options.out / "data") in load_recipe(options.recipe).data.train_data:
         render_data(options.out / "data", 0)
-    teacher = cells.train_teacher(options.teacher, options.out)
+    teacher = cells.train_once(options.out / "teacher", ["--recipe", options.teacher], options.out)
     planned = plan(options, teacher)
     path = options.results.with_suffix(".jsonl")
     if any(cell.variant == CACHED for cell in cells.unfinished(path, planned)):

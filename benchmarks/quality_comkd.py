@@ -19,28 +19,22 @@ encoded once and in each step, as PromptKD's released trainer does.
 """
 
 import argparse
-import hashlib
-import json
+import functools
 import os
-import shutil
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import cells as trained  # noqa: E402
-from benchmarks import common, race, trainings  # noqa: E402
+from benchmarks import cells, common, race, trainings  # noqa: E402
+from benchmarks.cells import Cell  # noqa: E402
 from benchmarks.quality_table import Row  # noqa: E402
-from kdengine import arguments  # noqa: E402
-from kdengine.config import to_dict  # noqa: E402
 from kdengine.data import ensure_index  # noqa: E402
 from kdengine.data.split import write_split  # noqa: E402
 from kdengine.demo import run  # noqa: E402
@@ -69,24 +63,6 @@ class Source(NamedTuple):
     shards: str
     classnames: Path
     recipe: str
-
-
-class Cell(NamedTuple):
-    """One training of a second stage."""
-
-    dataset: str
-    variant: str
-    seed: int
-    words: list[str]
-
-    @property
-    def identity(self) -> Row:
-        """What tells its row from others; no commit."""
-        found = to_dict(arguments.parse(self.words))
-        told = {k: found[k] for k in ("classes", "method", "optim", "prompt", "train")}
-        told["classes"].pop("split"), told["train"].pop("seed")
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-        return {"set": self.dataset, "variant": self.variant, "seed": self.seed, "settings": digest}
 
 
 def sources(out: Path) -> dict[str, Source]:
@@ -131,21 +107,6 @@ def split_file(source: Source, options: argparse.Namespace, whole: bool = False)
     return path
 
 
-def once(folder: Path, words: Sequence[str], options: argparse.Namespace) -> Path:
-    """The export of a run, which is trained unless it is there."""
-    if not (folder / "export").is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        start = time.perf_counter()
-        place = ["--run.logs", str(folder.parent), "--run.name", folder.name]
-        line = ["kdengine/train.py", *words, *place, "--run.no-tensorboard"]
-        reason = trainings.run_here(line, folder.with_suffix(".log"), options.out)
-        if reason:
-            raise common.Refusal(f"quality_comkd: {folder.name} could not be trained: {reason}")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        print(f"  {folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return folder / "export"
-
-
 def clips(source: Source, options: argparse.Namespace) -> tuple[Path, Path]:
     """A teacher's and a student's CLIP, trained on pairs."""
     shared = ["--recipe", source.recipe, "--data.index-dir", str(options.out / "index")]
@@ -157,7 +118,8 @@ def clips(source: Source, options: argparse.Namespace) -> tuple[Path, Path]:
         ("narrow", "benchmarks/recipes/ViT-Femto-64.json"),
     ):
         folder = options.out / f"clip-{source.recipe}-{role}"
-        pair.append(once(folder, [*shared, "--model.model", model], options))
+        words = [*shared, "--model.model", model]
+        pair.append(cells.train_once(folder, words, options.out) / "export")
     return pair[0], pair[1]
 
 
@@ -181,15 +143,14 @@ def teach(
     words = ["--recipe", str(RECIPE), *about(source, split, options)]
     words += ["--method.name", "comkd_teacher", "--model.model", f"local-dir:{wide}"]
     words += ["--classes.half", half, "--classes.shots", str(SHOTS), "--train.seed", str(seed)]
-    once(folder, [*words, *options.teacher_words], options)
-    return folder
+    return cells.train_once(folder, [*words, *options.teacher_words], options.out)
 
 
 def plan(source: Source, options: argparse.Namespace) -> list[Cell]:
     """All cells of a set, seed by seed."""
     split = split_file(source, options)
     _, narrow = clips(source, options)
-    cells = []
+    planned = []
     for seed in options.seeds:
         teacher = teach(source, split, seed, options)
         for variant, (align, attention) in VARIANTS.items():
@@ -199,30 +160,15 @@ def plan(source: Source, options: argparse.Namespace) -> list[Cell]:
             words += ["--method.comkd.align", repr(align)]
             words += [f"--method.comkd.{'' if attention else 'no-'}attention"]
             words += ["--train.seed", str(seed), *options.words]
-            cells.append(Cell(source.name, variant, seed, words))
-    return cells
+            recipe, settings = f"{RECIPE.stem}_{source.name}", cells.digest(words, teacher)
+            planned.append(Cell(recipe, variant, seed, words, settings))
+    return planned
 
 
-def train(cell: Cell, options: argparse.Namespace) -> Row:
-    """Run one cell; its row, with the reason in place of metrics if it failed."""
-    folder = (
-        options.out / "cells" / f"{cell.dataset}-{list(VARIANTS).index(cell.variant)}-{cell.seed}"
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    words = ["kdengine/train.py", *cell.words]
-    words += ["--run.logs", str(folder.parent), "--run.name", folder.name]
-    start = time.perf_counter()
-    reason = trainings.run_here(words, folder.with_suffix(".log"), options.out)
-    row: Row = {"benchmark": "quality_comkd", **cell.identity}
-    row["time_s"] = round(time.perf_counter() - start, 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if reason:
-        return {**row, "reason": reason, **common.machine(device)}
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    row |= {"metrics": run.last_evaluation(folder), "cost": trainings.cost(folder)}
-    teacher = options.out / f"teacher-{cell.dataset}-{cell.seed}"
-    row["teacher"] = run.last_evaluation(teacher)
-    return {**row, "terms": trained.terms(folder), "gate": gate(folder), **common.machine(device)}
+def more(cell: Cell, name: str, out: Path) -> Row:
+    """What a row has beside that of every table of trainings: of which set, teacher and gate."""
+    teacher = run.last_evaluation(out / f"teacher-{name}-{cell.seed}")
+    return {"set": name, "teacher": teacher, "gate": gate(out / "cells" / cell.name)}
 
 
 def gate(folder: Path) -> float | None:
@@ -244,7 +190,7 @@ def step_times(options: argparse.Namespace) -> list[Row]:
             words += ["--model.model", f"local-dir:{narrow}", "--run.log-every-n-steps", "1"]
             words += ["--distill.distill-model", f"local-dir:{wide}", "--train.steps", "12"]
             words += ["--method.comkd.recompute-texts"] if recompute else []
-            once(folder, words, options)
+            cells.train_once(folder, words, options.out)
             # the first steps warm up
             steps = read(folder / METRICS)[3:]
             rows.append(
@@ -319,19 +265,11 @@ def page(rows: Sequence[Row], steps: Sequence[Row]) -> str:
     )
 
 
-def finished(path: Path, cells: Sequence[Cell]) -> list[Row]:
-    """Rows with metrics of these cells, in their order; of several the last."""
-    names = ("set", "variant", "seed", "settings")
-    rows = [row for row in trainings.load_rows(path) if "metrics" in row]
-    known = {tuple(row[name] for name in names): row for row in rows}
-    keys = [tuple(cell.identity.values()) for cell in cells]
-    return [known[key] for key in keys if key in known]
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    seeds: Callable[[str], list[int]] = trained.seed_range
-    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="3, or 10-12, or 1,5")
+    parser.add_argument(
+        "--seeds", type=cells.seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5"
+    )
     parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
     parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their recipe's")
     parser.add_argument("--out", type=Path, help="folder of data, models and runs")
@@ -356,27 +294,14 @@ def main(words: Sequence[str] | None = None) -> int:
         raise common.Refusal(f"--sets: expected cifar10, scenes; {sorted(unknown)} came")
     if "scenes" in options.sets:
         render_data(options.out / "data", 0)
-    cells = [cell for name in options.sets for cell in plan(known[name], options)]
     path = options.results.with_suffix(".jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {tuple(row[k] for k in ("set", "variant", "seed")) for row in finished(path, cells)}
-    left = [cell for cell in cells if (cell.dataset, cell.variant, cell.seed) not in done]
-    print(f"{len(cells)} cells, {len(done)} of them finished; results in {path}", flush=True)
-    num_failed = 0
-    for number, cell in enumerate(left, start=1):
-        print(
-            f"[{number}/{len(left)}] {cell.dataset}, {cell.variant}, seed {cell.seed}", flush=True
-        )
-        row = train(cell, options)
-        common.append_json(path, row)
-        if "reason" in row:
-            num_failed += 1
-            print(f"  failed: {row['reason']}", flush=True)
-            continue
-        told = ", ".join(f"{k} {100 * row['metrics'][f'{cell.dataset}/{k}']:.1f}"
-                         for k in (BASE, NOVEL, HARMONIC))  # fmt: skip
-        print(f"  {row['time_s']:.0f} s: {told}", flush=True)
-    rows = finished(path, cells)
+    num_failed, rows = 0, []
+    for name in options.sets:
+        planned = plan(known[name], options)
+        beside = functools.partial(more, name=name, out=options.out)
+        print(f"{name}:", flush=True)
+        num_failed += cells.train_all(path, planned, options.out, beside)
+        rows += cells.finished(path, planned).values()
     if rows:
         text = page(rows, step_times(options))
         options.results.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.trainings import machine_words, table_lines
+from kdengine.evaluate.protocols import BASE, HARMONIC, NOVEL
 
 ALONE, MIX, CACHED = "no KD", "CLIP-KD", "CLIP-KD, cached"
 # gain of ImageNet top-1 in points, of 30.55 without a teacher: CLIP-KD, Table 1 and README; GD's
@@ -66,7 +67,8 @@ def results(rows: dict[tuple, Row]) -> dict[str, Result]:
 
 def shown_metrics(names: Sequence[str]) -> list[str]:
     """The metrics that get a column; the file has all."""
-    return [name for name in names if name.endswith(("R@1", "zeroshot-top1", "zeroshot-top5"))]
+    shown = ("R@1", "zeroshot-top1", "zeroshot-top5", BASE, NOVEL, HARMONIC)
+    return [name for name in names if name.endswith(shown)]
 
 
 def table(found: dict[str, Result]) -> tuple[list[str], list[list[str]]]:

@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ["KDENGINE_DEMO"] = str(options.out)
     render_data(options.out / "data", 0)
     for folder, recipe in TEACHERS.items():
-        cells.train_teacher(recipe, options.out, folder)
+        cells.train_once(options.out / folder, ["--recipe", recipe], options.out)
         inherit(options.out, folder)
     planned = plan(options)
     path = options.results.with_suffix(".jsonl")

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import quality_comkd
+from benchmarks import cells, quality_comkd
 from kdengine import arguments
+from kdengine.config import to_toml
 
 
 def row(variant: str, seed: int, base: float, novel: float) -> dict[str, Any]:
@@ -27,9 +28,10 @@ def test_the_harmonic_mean_of_the_table_is_that_of_the_means() -> None:
 
 def test_settings_tell_variants_and_not_seeds(tmp_path: Any) -> None:
     words = ["--recipe", str(quality_comkd.RECIPE), "--classes.split", "x.json"]
+    (tmp_path / "config.toml").write_text(to_toml(arguments.parse(words)))
 
     def settings(*more: str) -> str:
-        return quality_comkd.Cell("s", "v", 0, [*words, *more]).identity["settings"]
+        return cells.digest([*words, *more], tmp_path)
 
     assert settings("--train.seed", "3") == settings("--train.seed", "4")
     assert settings("--method.comkd.align", "3.0") != settings("--method.comkd.align", "2.0")
