@@ -1,8 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has been written is on the disk, before a rename makes it count."""
+"""What has been written is on the disk, before a rename makes it count; who may write."""
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
+
+LOCK = ".lock"
+
+
+def hold(command: str, folder: Path) -> IO[str]:
+    """The lock of a folder that a command fills, held until it is closed.
+
+    Raises:
+        OSError: the lock cannot be made.
+        RuntimeError: another command holds it.
+    """
+    lock = open(folder / LOCK, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(
+            f"{command}: another command fills {folder}; wait for it, or name another folder"
+        ) from error
+    return lock
 
 
 def sync_tree(folder: Path) -> None:

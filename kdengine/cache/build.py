@@ -7,7 +7,6 @@ counter, so that all end at about the same time; a unit that is complete on disk
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from kdengine.cache import store
 from kdengine.cache.builder import Builder
 from kdengine.cache.manifest import MANIFEST, Manifest, TeacherEntry
 from kdengine.data import DatasetIndex
+from kdengine.durable import LOCK, hold
 from kdengine.models import Teacher
 from kdengine.ranks import Ranks
-
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -142,13 +140,7 @@ def _begin(out: Path, manifest: Manifest) -> IO[str]:
         raise ValueError(
             f"cache: {out} is not empty and not a cache; name a new folder, or that of a cache"
         )
-    lock = open(out / LOCK, "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RuntimeError(
-            f"cache: another command fills {out}; wait for it, or name another folder"
-        ) from error
+    lock = hold("cache", out)
     if (out / MANIFEST).exists():
         found = Manifest.read(out).differences(manifest)
         if found:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import IO, Any
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+from kdengine.durable import LOCK, hold
+
+MANIFEST = "manifest.json"
 FORMAT = 1
 
 
@@ -29,17 +30,11 @@ def claim(out: Path, command: str, known: tuple[str, ...] = ()) -> IO[str]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / LOCK, "w")  # noqa: SIM115
+        lock = hold(command, out)
     except OSError as error:
         raise ValueError(
             f"{command}: expected a folder that can be written, got {out} ({error.strerror}); name "
             "another"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RuntimeError(
-            f"{command}: another command fills {out}; wait for it, or name another folder"
         ) from None
     others = {path.name for path in out.iterdir()} - {LOCK, *known}
     found = read_manifest(out) if MANIFEST in others else {}
