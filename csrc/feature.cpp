@@ -36,7 +36,8 @@ Pair<S, T, OneLane<R>, 0> pair_of(const Matrix& student, const Matrix& teacher, 
 
 void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
                      const Matrix& unit, bool normalize, Cpu cpu) {
-  check_feature(student, teacher, distance, unit);
+  check_feature(student, teacher, distance);
+  if (!is_absent(unit)) check_like(student, "unit rows", unit);
   with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;
@@ -52,8 +53,9 @@ void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix&
 
 void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
                       const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu) {
-  check_feature(student, teacher, grad, grad_unit);
-  check_feature(student, teacher, grad, out);
+  check_feature(student, teacher, grad);
+  if (!is_absent(grad_unit)) check_like(student, "unit rows", grad_unit);
+  check_like(student, "a gradient", out);
   with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;

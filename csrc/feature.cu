@@ -57,7 +57,8 @@ unsigned num_blocks(int64_t rows) { return static_cast<unsigned>((rows + kRows -
 
 void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
                      const Matrix& unit, bool normalize, Cuda cuda) {
-  check_feature(student, teacher, distance, unit);
+  check_feature(student, teacher, distance);
+  if (!is_absent(unit)) check_like(student, "unit rows", unit);
   if (student.rows == 0) return;
   with_kernel(student, teacher, [&](auto* s, auto* t, auto kept) {
     using S = std::remove_pointer_t<decltype(s)>;
@@ -76,8 +77,9 @@ void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix&
 
 void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
                       const Matrix& grad_unit, const Matrix& out, bool normalize, Cuda cuda) {
-  check_feature(student, teacher, grad, grad_unit);
-  check_feature(student, teacher, grad, out);
+  check_feature(student, teacher, grad);
+  if (!is_absent(grad_unit)) check_like(student, "unit rows", grad_unit);
+  check_like(student, "a gradient", out);
   if (student.rows == 0) return;
   with_kernel(student, teacher, [&](auto* s, auto* t, auto kept) {
     using S = std::remove_pointer_t<decltype(s)>;

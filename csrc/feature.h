@@ -28,8 +28,7 @@ void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix
                       const Matrix& grad_unit, const Matrix& out, bool normalize, Cuda cuda);
 
 // student, teacher: [B, E]; per_row, one number a row: [1, B] float32 (float64 on the host)
-inline void check_feature(const Matrix& student, const Matrix& teacher, const Matrix& per_row,
-                          const Matrix& like_student) {
+inline void check_feature(const Matrix& student, const Matrix& teacher, const Matrix& per_row) {
   expect(student.rows == teacher.rows && student.cols == teacher.cols,
          "feature: expected student and teacher of one shape (B, E); ", shape_of(student), " and ",
          shape_of(teacher), " came");
@@ -39,10 +38,13 @@ inline void check_feature(const Matrix& student, const Matrix& teacher, const Ma
   const Dtype real = is_double ? Dtype::f64 : Dtype::f32;
   expect(per_row.dtype == real, "feature: expected ", name_of(real), " numbers, one a row; ",
          shape_of(per_row), " came");
-  const bool fits = like_student.rows == student.rows && like_student.cols == student.cols;
-  expect(is_absent(like_student) || (fits && like_student.dtype == student.dtype),
-         "feature: expected unit rows like the student, ", shape_of(student), "; ",
-         shape_of(like_student), " came");
+}
+
+// What has the student's shape and type: "unit rows", "a gradient".
+inline void check_like(const Matrix& student, const char* what, const Matrix& x) {
+  expect(x.rows == student.rows && x.cols == student.cols && x.dtype == student.dtype,
+         "feature: expected ", what, " like the student, ", shape_of(student), "; ", shape_of(x),
+         " came");
 }
 
 // as torch.nn.functional.normalize: shorter rows are divided by this

@@ -84,6 +84,10 @@ def test_a_wrong_shape_is_refused_by_the_extension() -> None:
         extension.call("feature_forward", x.double(), x, torch.zeros(3), none, False)
     with pytest.raises(ValueError, match=r"like the student, \(3, 4\) float32; \(3, 4\) float64"):
         extension.call("feature_forward", x, x, torch.zeros(3), x.double(), False)
+    with pytest.raises(
+        ValueError, match=r"a gradient like the student, \(3, 4\) float32; \(3, 2\)"
+    ):
+        extension.call("feature_backward", x, x, torch.zeros(3), none, x[:, :2], False)
 
 
 def test_a_missing_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
