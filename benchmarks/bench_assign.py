@@ -185,13 +185,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=65536 if on_gpu else 8192)
     parser.add_argument("--keys", type=int, nargs="+", default=[65536] if on_gpu else [4096])
     parser.add_argument("--width", type=int, nargs="+", default=[256, 1280])
-    dtypes = ["bfloat16", "float32"]
-    parser.add_argument("--dtype", choices=dtypes, default=dtypes[not on_gpu])
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a case, about")
-    parser.add_argument("--json", help="append one JSON line a row to this file")
-    parser.add_argument("--resume", action="store_true", help="go on behind the rows of that file")
+    common.add_timing_options(parser, on_gpu)
     return parser.parse_args(arguments)
 
 

@@ -126,13 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sizes = [32768, 4096] if on_gpu else [4096]
     parser.add_argument("--rows", type=int, nargs="+", default=sizes)
     parser.add_argument("--width", type=int, nargs="+", default=[512, 1024] if on_gpu else [512])
-    dtypes = ["bfloat16", "float32"]
-    parser.add_argument("--dtype", choices=dtypes, default=dtypes[not on_gpu])
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a size, about")
-    parser.add_argument("--json", help="append one JSON line a row to this file")
-    parser.add_argument("--resume", action="store_true", help="go on behind the rows of that file")
+    common.add_timing_options(parser, on_gpu)
     return parser.parse_args(arguments)
 
 

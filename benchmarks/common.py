@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark shares: interleaved timing, peak memory, the machine, tables, JSON lines."""
 
+import argparse
 import functools
 import gc
 import hashlib
@@ -237,6 +238,17 @@ def append_json(path: str | Path | None, row: dict[str, Any]) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def add_timing_options(parser: argparse.ArgumentParser, on_gpu: bool) -> None:
+    """The options of a benchmark that times its sizes one by one into a journal."""
+    dtypes = ["bfloat16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[not on_gpu])
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a size, about")
+    parser.add_argument("--json", help="append one JSON line a row to this file")
+    parser.add_argument("--resume", action="store_true", help="go on behind the rows of that file")
 
 
 class Refusal(RuntimeError):
