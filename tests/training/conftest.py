@@ -108,7 +108,7 @@ def words(tiny: Path, shards: str, tmp_path: Path) -> Callable[..., list[str]]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``python(words)``: the interpreter of the tests, with both source roots on its path."""
     paths = os.pathsep.join([str(repository), str(repository / "kernels")])
@@ -121,16 +121,16 @@ def python(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_here(python: Callable[..., Any]) -> Callable[..., list[tuple[int | None, str]]]:
     """``train_here(words, ...)``: main() on each list of words, all in one fresh process.
 
-    Returns exit code and error text of each. A fresh process, because a training engine leaves a
-    process group behind.
+    Keywords are those of ``subprocess.run``. Returns exit code and error text of each. A fresh
+    process, because a training engine leaves a process group behind.
     """
 
-    def run(*lines: list[str]) -> list[tuple[int | None, str]]:
-        done = python(["-c", SEVERAL, json.dumps(lines)])
+    def run(*lines: list[str], **options: Any) -> list[tuple[int | None, str]]:
+        done = python(["-c", SEVERAL, json.dumps(lines)], **options)
         told = [x for x in done.stdout.splitlines() if x.startswith("TOLD")]
         assert told, done.stdout + done.stderr
         return [tuple(x) for x in json.loads(told[0].removeprefix("TOLD"))]

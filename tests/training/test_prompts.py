@@ -3,8 +3,8 @@
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,6 @@ from safetensors.torch import load_file
 
 from kdengine.models import build_student, export_student, load_model
 
-# runs main() on each list of words in one process, and reports the exit codes or errors
-SEVERAL = """
-import json, sys, traceback
-from kdengine.train import main
-told = []
-for words in json.loads(sys.argv[1]):
-    try:
-        told.append([main(words), ""])
-    except Exception as error:
-        told.append([None, "".join(traceback.format_exception(error))])
-print("TOLD" + json.dumps(told))
-"""
 NAMES = ["red thing", "green thing", "blue thing"]
 PER_CLASS = 16
 
@@ -88,7 +76,7 @@ def line(name: str, folder: Path, **fields: Any) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def runs(coloured: Path, wide: str, tiny: Path) -> Path:
+def runs(coloured: Path, wide: str, tiny: Path, train_here: Callable[..., Any]) -> Path:
     """The folder of all runs of this file, once they are done."""
     folder = coloured / "runs"
     first = {"model__model": wide, "method__name": "comkd_teacher"}
@@ -130,16 +118,8 @@ def runs(coloured: Path, wide: str, tiny: Path) -> Path:
         line("selected", coloured, **first, **selected),
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(lines)],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    told = [x for x in done.stdout.splitlines() if x.startswith("TOLD")]
-    assert told, done.stdout + done.stderr
-    codes = json.loads(told[0].removeprefix("TOLD"))
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    codes = train_here(*lines, env=environment, timeout=500)
     assert [code for code, _ in codes] == [0] * len(lines), codes
     return folder
 
