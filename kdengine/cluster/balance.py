@@ -257,8 +257,8 @@ def balance_command(
     # what is written below must not be taken for an older result
     (out / folder.MANIFEST).unlink(missing_ok=True)
     for name in FILES:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        old = out / name
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     write_parts(out, embeddings, "keep", found.keep)
     write_parts(out, embeddings, "stands", found.stands)
     told = describe(embeddings, wanted, found, count)

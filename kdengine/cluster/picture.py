@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from kdengine.cache.store import shard_folder
 from kdengine.cluster.embeddings import Embeddings
 from kdengine.data import DatasetIndex, ensure_index
 from kdengine.report.curves import INK, MUTED, STYLE
-from kdengine.report.markup import Html, tag
+from kdengine.report.markup import Html, jpeg_source, tag
 
 if TYPE_CHECKING:
     from kdengine.cluster.balance import Found
@@ -130,9 +129,11 @@ def _figure(
     number = firsts[begin] + row - begin
     image = Image.open(io.BytesIO(index.image_bytes(number))).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     told = "stays" if kept else f"{cosine:.4f}"
     caption = tag("figcaption", f"{told} \u00b7 {index.key(number)}")
-    return tag("figure", tag("img", src=source, alt=""), caption, class_="kept" if kept else None)
+    return tag(
+        "figure",
+        tag("img", src=jpeg_source(image), alt=""),
+        caption,
+        class_="kept" if kept else None,
+    )

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTML from nested calls; plain text is escaped, so nothing read from a run can break the page."""
 
+import base64
+import io
 from collections.abc import Iterable
 from html import escape
 from typing import Any
+
+from PIL import Image
 
 VOID = frozenset({"img", "meta", "br", "link"})
 
@@ -44,3 +48,10 @@ def tag(name: str, *children: Any, **attributes: Any) -> Html:
 def note(*children: Any) -> Html:
     """A visible remark about something that is missing or needs care."""
     return tag("p", *children, class_="note")
+
+
+def jpeg_source(image: Image.Image) -> str:
+    """An image as a source that needs no file, for ``img``."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let the exported students of all runs choose captions for a few images of a retrieval set."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from kdengine.report.markup import jpeg_source
 from kdengine.report.runs import Record
 
 NUM_IMAGES, NUM_CAPTIONS = 8, 200
@@ -39,7 +38,7 @@ class Pick:
 class Sample:
     """One image with its captions, and the pick of every run by its position."""
 
-    jpeg: str
+    source: str
     captions: list[str]
     picks: dict[int, Pick]
 
@@ -130,7 +129,7 @@ def _fill(samples: Samples, models: dict[int, Any], shards: str, options: dict[s
             samples.notes.append(f"{model.spec.name} cannot choose captions: {_say(error)}")
     for n, captions in enumerate(own):
         picks = {i: answer[n] for i, answer in answers.items()}
-        samples.found.append(Sample(_jpeg(pixels["thumbnail"][n]), captions, picks))
+        samples.found.append(Sample(_source(pixels["thumbnail"][n]), captions, picks))
 
 
 def _spread(length: int, count: int) -> np.ndarray:
@@ -187,12 +186,10 @@ def _answer(model: Any, pixels: torch.Tensor, texts: list[str], own: list[list[s
     return picks
 
 
-def _jpeg(pixels: torch.Tensor) -> str:
-    """An image [3, S, S] of 0 to 1 as base64 JPEG."""
+def _source(pixels: torch.Tensor) -> str:
+    """An image [3, S, S] of 0 to 1 for a page."""
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "JPEG", quality=80, optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_source(Image.fromarray(array))
 
 
 def _say(error: Exception) -> str:

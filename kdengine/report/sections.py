@@ -200,7 +200,7 @@ def pictures(runs: Sequence[Record], samples: Samples) -> Html:
         lines = [_pick(i, runs[i], pick, samples) for i, pick in sample.picks.items()]
         image = tag(
             "img",
-            src=f"data:image/jpeg;base64,{sample.jpeg}",
+            src=sample.source,
             alt=sample.captions[0],
             loading="lazy",
         )
