@@ -42,6 +42,7 @@ LINES = {
     "kdengine.stages": 2,
     "kdengine.reference": 0,
     "kdengine.reference_assign": 0,
+    "kdengine.reference_clusters": 0,
     "kdengine.config": 0,
     "kdengine.promptconfig": -1,
     "kdengine.log": 0,
@@ -64,8 +65,8 @@ WALLS = {
     "onnxruntime": ("kdengine.models.onnx",),
     "scipy": ("kdengine.cluster",),
 }
-ONLY = {"kdengine.reference": {"torch"}, "kdengine.reference_assign": {"torch"}}
-ONLY |= {"kdengine.config": set()}
+ONLY = {f"kdengine.{name}": {"torch"} for name in ("reference", "reference_assign")}
+ONLY |= {"kdengine.reference_clusters": {"torch"}, "kdengine.config": set()}
 HEAVY = ("triton", "deepspeed", "nvidia.dali", "open_clip")
 
 

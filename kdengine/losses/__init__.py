@@ -2,6 +2,7 @@
 """Losses on feature tensors: pure functions with ``group=`` and ``backend=``, and two modules."""
 
 from kdengine.losses.clip import ClipLoss, DistillClipLoss
+from kdengine.losses.clusters import ClusterTerms, cluster_terms
 from kdengine.losses.ensemble import ensemble, ensemble_width
 from kdengine.losses.gradients import gradient
 from kdengine.losses.inputs import unit_rows
@@ -26,11 +27,13 @@ from kdengine.losses.similarity import (
 
 __all__ = [
     "ClipLoss",
+    "ClusterTerms",
     "DistillClipLoss",
     "SimilarityTerms",
     "augmented_feature",
     "cluster_cross_entropy",
     "cluster_kl",
+    "cluster_terms",
     "contrastive_relational",
     "ensemble",
     "ensemble_width",

@@ -8,7 +8,12 @@ from kdengine.distributed import Exchange
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Features
 from kdengine.losses.layout import Layout, lay_out
-from kdengine.losses.sweep import check_row_labels, eager_over_ranks, reduced_rows
+from kdengine.losses.sweep import (
+    check_row_labels,
+    eager_over_ranks,
+    reduced_rows,
+    without_teachers,
+)
 from kdengine.losses.terms import hard_term, soft_terms
 from kdengine.ops import Statistics, similarity_rows
 from kdengine.ops.row_terms import with_margin
@@ -34,7 +39,7 @@ def row_loss(
     fewer products; see ``kdengine.ops.similarity_rows``.
     """
     if not soft:
-        features = features._replace(teacher_query=[], teacher_key=[])
+        features = without_teachers(features)
     at = lay_out(who, features, keys, group, (True, False))
     check_row_labels(who, at, labels, hard != 0)
     if labels is None:

@@ -102,6 +102,12 @@ def reduced_rows(
     return rows
 
 
+def without_teachers(features: Features) -> Features:
+    """The student's features alone."""
+    none = features.teacher_scale.new_empty(0)
+    return features._replace(teacher_query=[], teacher_key=[], teacher_scale=none)
+
+
 def check_row_labels(who: str, at: Layout, labels: Tensor | None, needed: bool) -> None:
     """Raise for numbers of the rows' positives that do not fit, or for default ones that cannot."""
     if labels is not None:
@@ -123,7 +129,7 @@ def _run(
     if not any(on):
         return None, None
     if not any(soft):
-        features = features._replace(teacher_query=[], teacher_key=[])
+        features = without_teachers(features)
     device = features.query.device
     own_rows, own_cols = (at.first_row, at.num_rows), (at.first_col, at.num_cols)
     is_paired = labels is None and own_rows == own_cols
@@ -178,7 +184,7 @@ def _whole(
         labels[1] - at.first_row if at.first_row else labels[1],
         teacher_query=features.teacher_query,
         teacher_key=features.teacher_key,
-        teacher_scale=features.teacher_scale if any(soft) else None,
+        teacher_scale=features.teacher_scale,
         rows=on[0],
         cols=on[1],
         soft_rows=soft[0],
