@@ -27,6 +27,23 @@ def nearest(x: Tensor, key: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     return order[:, :count], distances[:, :count]
 
 
+def nearest_of_softmax(
+    x: Tensor, key: Tensor, scale: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` most probable keys of unit rows under a softmax over all unit keys.
+
+    ``q_ij = exp(scale cosine_ij - lse_i)``, and ``1 - sum_j q_ij`` is the mass of the others.
+
+    Shapes: x (N, D), key (K, D), count <= K.
+    Returns: their numbers (N, count) int64, nearest first, their cosines (N, count), and the
+    log-sum-exp of ``scale <x_i, key_k>`` over all keys (N,).
+    Source: CLIP-CID's teacher distribution over clusters (attested at second hand).
+    """
+    cosine = x @ key.mT
+    index = nearest(x, key, count)[0]
+    return index, cosine.gather(1, index), (scale * cosine).logsumexp(1)
+
+
 def range_join(x: Tensor, y: Tensor | None = None, *, eps: float) -> Tensor:
     """Pairs closer than ``eps``: of x with y, or without y those i < j within x.
 

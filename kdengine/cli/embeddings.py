@@ -19,8 +19,13 @@ def cluster(
     tolerance: float = 1e-4,
     seed: int = 0,
     teacher: int = 0,
+    top: int = 64,
+    scale: float = 100.0,
 ) -> int:
     """Spherical k-means of image embeddings: a label for every sample, and the centroids.
+
+    Beside the labels of a shard lie the nearest centroids of every sample, their cosines and the
+    logarithm of the sum over all centroids, from which follow the teacher's probabilities.
 
     An interrupted command is given again and goes on. Several ranks share the rows, started by
     'torchrun --nproc-per-node N -m kdengine.cli cluster ...'.
@@ -34,9 +39,17 @@ def cluster(
         tolerance: An iteration that lowers the objective by less than this share is the last.
         seed: Of the rows that the centroids start from.
         teacher: Which of the cache's teachers, from 0.
+        top: Nearest centroids to write of every sample, 8 bytes each and 4 a sample; 0 for labels
+            alone.
+        scale: Of the teacher's softmax over the centroids, as a CLIP model's logit scale.
     """
     if min(k, iterations) < 1 or not tolerance >= 0:
         raise ValueError("cluster: --k and --iterations must be at least 1, --tolerance at least 0")
+    if top < 0 or not 0 < scale < float("inf"):
+        raise ValueError(
+            "cluster: --top must be at least 0 and --scale above 0 and finite; got "
+            f"{top} and {scale}"
+        )
     from kdengine.cluster import cluster_command
 
     told = cluster_command(
@@ -47,6 +60,8 @@ def cluster(
         tolerance=tolerance,
         seed=seed,
         teacher=teacher,
+        top=top,
+        scale=scale,
     )
     if told is not None:
         print_table(told)

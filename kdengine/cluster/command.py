@@ -6,11 +6,15 @@ OUT/centroids.npy                  float32 [k, width], unit length
 OUT/sizes.npy                      int64 [k], rows of each; none is 0
 OUT/shards/SHARD-DIGEST/labels.npy int32 [n], in the order of the shard's index (for an array
                                    OUT/labels.npy)
+             .../nearest.npy, cosines.npy, lse.npy
+                                   of each row the nearest centroids and their softmax, see
+                                   `targets.py`; not with a top of 0
 OUT/state.pt                       where the iterations are, while they are not done
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -21,14 +25,18 @@ import torch
 from rich.table import Table
 
 from kdengine import ranks
-from kdengine.cluster import folder, kmeans
-from kdengine.cluster.embeddings import Embeddings, open_embeddings, write_parts
+from kdengine.cluster import folder, kmeans, targets
+from kdengine.cluster.embeddings import Embeddings, open_embeddings, partial_file, write_parts
 from kdengine.data.progress import Progress
 from kdengine.durable import sync
 from kdengine.ranks import Ranks
 
 STATE = "state.pt"
-FILES = (STATE, f"{STATE}.partial", "centroids.npy", "sizes.npy", "labels.npy", "shards")
+ROWS = ("labels", *targets.NAMES)
+FILES = (
+    *(STATE, f"{STATE}.partial", "centroids.npy", "sizes.npy", "shards"),
+    *(name for row in ROWS for name in (f"{row}.npy", partial_file(row))),
+)
 
 
 def cluster_command(
@@ -40,6 +48,8 @@ def cluster_command(
     tolerance: float = 1e-4,
     seed: int = 0,
     teacher: int = 0,
+    top: int = targets.TOP,
+    scale: float = targets.SCALE,
 ) -> Table | None:
     """Spherical k-means of embeddings, gone on with where an earlier call was interrupted.
 
@@ -51,9 +61,12 @@ def cluster_command(
         tolerance: an iteration that lowers the objective by less than this share is the last.
         seed: of the rows that centroids start from.
         teacher: which of a cache's.
+        top: nearest centroids to write of each row; 0 writes labels alone.
+        scale: of their softmax, that of the teacher's logits.
 
-    Work: 2 N K D FLOP an iteration, shared by the ranks. Memory of a rank: centroids 4 K D bytes,
-    sums 8 K D, a block of rows, 4 N for the labels in the end.
+    Work: 2 N K D FLOP an iteration, shared by the ranks; once more in the end, and twice for the
+    nearest, half of that in float64. Memory of a rank: centroids 4 K D bytes, sums 8 K D, a block
+    of rows, 4 N for the labels in the end. Files: 4 bytes a row, and (8 m + 4) of the m nearest.
 
     Returns: what was found, for a person, on rank 0.
 
@@ -72,6 +85,8 @@ def cluster_command(
         "iterations": iterations,
         "tolerance": tolerance,
         "seed": seed,
+        "top": top,
+        "scale": scale,
     }
     lock = me.first_only(lambda: _begin(out, wanted), "cluster")
     done = me.broadcast((out / folder.MANIFEST).exists())
@@ -124,6 +139,10 @@ def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -
                 _save(saved, state, wanted)
             me.barrier()
         centroids, labels, objective = kmeans.final_labels(embeddings, state, me, bar("labels"))
+        top, scale = min(wanted["top"], len(centroids)), wanted["scale"]
+        if top:
+            rule = targets.Rule(centroids.to(me.device), top, scale)
+            targets.write(out, embeddings, rule, me, bar(f"nearest {top}"))
     if not me.first:
         return
     np.save(out / "centroids.npy", centroids.numpy())
@@ -134,6 +153,9 @@ def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -
         "num_rows": embeddings.num_rows,
         "width": embeddings.width,
         "k": len(centroids),
+        "top": top,
+        "scale": scale,
+        "digest": _digest(labels, centroids.numpy(), np.array([top, scale])),
         "objective": objective,
         "objectives": state.objectives,
         "num_split": state.num_split,
@@ -149,6 +171,13 @@ def is_done(objectives: list[float], iterations: int, tolerance: float) -> bool:
     if len(objectives) < 2:
         return False
     return objectives[-2] - objectives[-1] <= tolerance * objectives[-2]
+
+
+def _digest(*values: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for each in values:
+        found.update(np.ascontiguousarray(each).data)
+    return found.hexdigest()
 
 
 def _save(path: Path, state: kmeans.State, wanted: dict[str, Any]) -> None:
@@ -167,6 +196,8 @@ def table(out: Path) -> Table:
     found.add_row("clusters", f"{told['k']:,} of {told['num_rows']:,} rows{lost}")
     quantiles = np.quantile(sizes, [0, 0.5, 1]).astype(int)
     found.add_row("rows in one", "least {:,}, median {:,}, most {:,}".format(*quantiles))
+    if told["top"]:
+        found.add_row("targets", f"{told['top']:,} nearest, softmax of scale {told['scale']:g}")
     count = len(told["objectives"])
     found.add_row("iterations", f"{count}; {sum(told['num_split']):,} empty clusters filled")
     cosine = 1 - told["objective"] / 2

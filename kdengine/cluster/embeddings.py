@@ -16,7 +16,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -189,12 +189,53 @@ def open_embeddings(path: Path, teacher: int = 0) -> Embeddings:
 
 def write_parts(out: Path, embeddings: Embeddings, name: str, values: np.ndarray) -> None:
     """Write a value for each row beside the names of their samples; each file in one step."""
-    for part in embeddings.parts:
-        folder = out / part.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.partial.npy"
-        np.save(partial, values[part.first : part.first + part.num_rows])
-        os.replace(partial, folder / f"{name}.npy")
+    PartsWriter(out, embeddings, name).append(values)
+
+
+class PartsWriter:
+    """Writes what belongs to each row as it is found, in the order of the rows; see `write_parts`.
+
+    Args:
+        out: folder of the results.
+        embeddings: whose rows.
+        name: of the files.
+    """
+
+    def __init__(self, out: Path, embeddings: Embeddings, name: str) -> None:
+        self._out, self._name, self._parts = out, name, iter(embeddings.parts)
+        self._file: IO[bytes] | None = None
+        self._left = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Write those of the next rows, [n, ...]; a file is there when its last row is."""
+        values = np.ascontiguousarray(values)
+        while len(values):
+            if self._file is None:
+                self._begin(values)
+            assert self._file is not None
+            some = values[: self._left]
+            self._file.write(some.data)
+            self._left -= len(some)
+            values = values[len(some) :]
+            if not self._left:
+                self._file.close()
+                self._file = None
+                os.replace(self._folder / partial_file(self._name), self._folder / self._final)
+
+    def _begin(self, values: np.ndarray) -> None:
+        part = next(self._parts)
+        self._folder, self._final = self._out / part.folder, f"{self._name}.npy"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._folder / partial_file(self._name), "wb")  # noqa: SIM115
+        header = np.lib.format.header_data_from_array_1_0(values)
+        header["shape"] = (part.num_rows, *values.shape[1:])
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._left = part.num_rows
+
+
+def partial_file(name: str) -> str:
+    """The file of some results while it is written."""
+    return f".{name}.partial.npy"
 
 
 # every map holds a file descriptor

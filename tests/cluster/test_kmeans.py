@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from kdengine import reference_assign as reference
 from kdengine.cli import main
-from kdengine.cluster import cluster_command, kmeans, open_embeddings
+from kdengine.cluster import cluster_command, kmeans, open_embeddings, targets
+
+TARGETS = ("nearest", "cosines", "lse")
 
 
 def clustered(rows: int, clusters: int, width: int, spread: float = 0.6) -> torch.Tensor:
@@ -33,7 +35,8 @@ def manifest(out: Path) -> dict[str, Any]:
 
 def outcome(out: Path) -> list[Any]:
     values = manifest(out)
-    return [values, *(read(out, name) for name in ("labels", "centroids", "sizes"))]
+    names = ["labels", "centroids", "sizes", *TARGETS[: 3 * (values["top"] > 0)]]
+    return [values, *(read(out, name) for name in names)]
 
 
 def assert_equal(first: list[Any], second: list[Any]) -> None:
@@ -63,7 +66,7 @@ def test_labels_are_the_nearest_centroids_and_the_objective_is_theirs(
 ) -> None:
     rows = clustered(500, 12, 16)
     cluster_command(write_array(7 * rows), tmp_path / "out", k=12)
-    told, labels, centroids, sizes = outcome(tmp_path / "out")
+    told, labels, centroids, sizes, *_ = outcome(tmp_path / "out")
     index, squares = reference.nearest(rows.double(), torch.from_numpy(centroids).double())
     assert np.array_equal(labels, index[:, 0].numpy())
     assert np.array_equal(sizes, np.bincount(labels)) and sizes.sum() == 500
@@ -71,6 +74,72 @@ def test_labels_are_the_nearest_centroids_and_the_objective_is_theirs(
     assert told["objective"] == pytest.approx(float(squares.mean()), rel=1e-5)
     objectives = [*told["objectives"], told["objective"]]
     assert len(objectives) > 3 and all(np.diff(objectives) <= 1e-9)
+
+
+@pytest.mark.parametrize(("top", "scale"), [(5, 100.0), (64, 3.0)], ids=["some", "all"])
+def test_targets_are_those_of_the_softmax_over_all_centroids(
+    top: int, scale: float, write_array: Any, tmp_path: Path
+) -> None:
+    rows, out = clustered(500, 12, 16, 2.0), tmp_path / "out"
+    cluster_command(write_array(rows), out, k=12, top=top, scale=scale)
+    told, labels, centroids, _, nearest, cosines, lse = outcome(out)
+    m = min(top, 12)
+    assert (told["top"], told["scale"]) == (m, scale)
+    assert [x.dtype for x in (nearest, cosines, lse)] == [np.int32, np.float32, np.float32]
+    assert np.array_equal(nearest[:, 0], labels)
+    x, key = rows.double(), torch.from_numpy(centroids).double()
+    truth = reference.nearest_of_softmax(x, key, scale, m)
+    assert np.array_equal(nearest, truth[0].numpy())
+    # rounded once
+    np.testing.assert_allclose(cosines, truth[1], rtol=2e-7, atol=2e-7)
+    np.testing.assert_allclose(lse, truth[2], rtol=2e-7)
+    q = np.exp(scale * cosines.astype(np.float64) - lse[:, None])
+    dense = (scale * x @ key.mT).softmax(1)
+    expected = dense.gather(1, truth[0]).numpy()
+    np.testing.assert_allclose(q, expected, rtol=4e-7 * scale, atol=1e-9)
+    np.testing.assert_allclose(1 - q.sum(1), 1 - expected.sum(1), atol=2e-5)
+
+
+def test_a_targets_file_takes_eight_bytes_each_and_four(write_array: Any, tmp_path: Path) -> None:
+    cluster_command(write_array(clustered(90, 70, 8, 2.0)), tmp_path / "out", k=70)
+    m = manifest(tmp_path / "out")["top"]
+    assert m == min(64, manifest(tmp_path / "out")["k"])
+    header = 128
+    size = sum((tmp_path / "out" / f"{name}.npy").stat().st_size - header for name in TARGETS)
+    assert size == 90 * (8 * m + 4)
+    cluster_command(tmp_path / "rows-0.npy", tmp_path / "none", k=70, top=0)
+    assert manifest(tmp_path / "none")["top"] == 0
+    left = {path.name for path in (tmp_path / "none").iterdir()}
+    assert left == {".lock", "manifest.json", "labels.npy", "centroids.npy", "sizes.npy"}
+
+
+def test_targets_go_on_after_an_interruption(
+    write_cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = clustered(120, 9, 16, 2.0)[None]
+    shards = {"a-1": rows[:, :50], "b-2": rows[:, 50:51], "c-3": rows[:, 51:]}
+    cache, options = write_cache(tmp_path / "cache", shards), {"k": 9, "top": 4, "iterations": 3}
+    cluster_command(cache, tmp_path / "whole", **options)
+    monkeypatch.setattr(kmeans, "BLOCK_BYTES", 4 * (16 + 8 * 4) * 13)
+    find, calls = targets.sparse_targets, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return find(*arguments)
+
+    monkeypatch.setattr(targets, "sparse_targets", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cluster_command(cache, tmp_path / "parts", **options)
+    place = tmp_path / "parts" / "shards"
+    assert (place / "b-2" / "lse.npy").exists() and not (place / "c-3" / "lse.npy").exists()
+    cluster_command(cache, tmp_path / "parts", **options)
+    found = {}
+    for out in ("whole", "parts"):
+        files = sorted((tmp_path / out).rglob("*.npy"))
+        found[out] = {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in files}
+    assert len(found["whole"]) == 2 + 3 * 4 and found["parts"] == found["whole"]
 
 
 def test_an_interrupted_command_goes_on_to_the_same_bits(
@@ -117,7 +186,8 @@ def test_empty_clusters_are_filled_from_large_ones(write_array: Any, tmp_path: P
     # all centroids but a few start at copies of one row
     many, few = clustered(1, 1, 8).repeat(400, 1), clustered(60, 6, 8)
     cluster_command(write_array(torch.cat([many, few])), tmp_path / "out", k=12, tolerance=0.0)
-    told, labels, centroids, sizes = outcome(tmp_path / "out")
+    told, labels, centroids, sizes, nearest, *_ = outcome(tmp_path / "out")
+    assert np.array_equal(nearest[:, 0], labels)
     assert sum(told["num_split"]) > 0 and np.isfinite(centroids).all()
     assert len(sizes) == told["k"] == len(centroids) and sizes.min() > 0
     assert 2 < told["k"] <= 12 and set(labels) == set(range(told["k"]))
@@ -165,6 +235,8 @@ def test_what_cannot_be_is_refused(write_array: Any, write_cache: Any, tmp_path:
     cluster_command(path, out, k=4)
     with pytest.raises(ValueError, match="holds another clustering: k 4, not 5; give the options"):
         cluster_command(path, out, k=5)
+    with pytest.raises(ValueError, match="another clustering: top 64, not 9; scale 100.0, not 8"):
+        cluster_command(path, out, k=4, top=9, scale=8.0)
     with pytest.raises(ValueError, match="--k is between 1 and the number of rows, 40; got 41"):
         cluster_command(path, tmp_path / "more", k=41)
     (tmp_path / "other").mkdir()
@@ -196,9 +268,13 @@ def test_the_command_tells_what_it_found(
     assert main(["cluster", path, str(tmp_path / "out"), "--k", "9"]) == 0
     told = capsys.readouterr().out
     assert "9 of 300 rows" in told and "mean squared distance" in told
+    assert "9 nearest, softmax of scale 100" in told
+    out = str(tmp_path / "x")
     for words, message in (
-        ([path, str(tmp_path / "x"), "--k", "0"], "cluster: --k and --iterations must be"),
-        ([str(tmp_path / "nowhere"), str(tmp_path / "x"), "--k", "2"], "embeddings: "),
+        ([path, out, "--k", "0"], "cluster: --k and --iterations must be"),
+        ([path, out, "--k", "2", "--top", "-1"], "cluster: --top must be at least 0 and"),
+        ([path, out, "--k", "2", "--scale", "0"], "cluster: --top must be at least 0 and"),
+        ([str(tmp_path / "nowhere"), out, "--k", "2"], "embeddings: "),
     ):
         assert main(["cluster", *words]) == 2
         error = capsys.readouterr().err
