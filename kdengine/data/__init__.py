@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdengine.data.batches import Loader
+    from kdengine.data.clusters import ClusterRows
     from kdengine.data.index import DatasetIndex, ShardIndex, ensure_index
     from kdengine.data.loader import build_loader
     from kdengine.data.packing import PackReport, pack
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kdengine.data.views import ViewSpec
 
 __all__ = [
+    "ClusterRows",
     "DatasetIndex",
     "Loader",
     "PackReport",
@@ -36,6 +38,7 @@ _HOMES = {
     "DatasetIndex": "index",
     "ShardIndex": "index",
     "ensure_index": "index",
+    "ClusterRows": "clusters",
     "Loader": "batches",
     "build_loader": "loader",
     "build_synthetic_loader": "synthetic",

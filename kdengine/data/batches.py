@@ -15,7 +15,10 @@ from kdengine.data.views import ViewSpec
 Batch = dict[str, torch.Tensor]
 
 # names of a batch that no view and no token tensor may take
-RESERVED = ("sample", "valid", "window", "label")
+RESERVED = (
+    *("sample", "valid", "window", "label"),
+    *("cluster", "cluster_nearest", "cluster_cosine", "cluster_lse"),
+)
 
 
 class Loader(abc.ABC):

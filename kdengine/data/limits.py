@@ -3,7 +3,8 @@
 
 import resource
 
-# maps of an index's files, and of a cache's, that are kept open; each holds a file descriptor
+# maps of an index's files, of a cache's, and of clusters' that are kept open; each holds a file
+# descriptor
 MAPS = 512
 
 
@@ -15,7 +16,7 @@ def allow_open_files(num_files: int) -> None:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # the limit is for the process: leave room for other loaders, sockets and libraries
-    needed = 2 * num_files + 2 * MAPS + 1024
+    needed = 2 * num_files + 3 * MAPS + 1024
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:

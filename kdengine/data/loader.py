@@ -12,6 +12,7 @@ from kdengine.data.summary import refuse_empty
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
+    from kdengine.data.clusters import ClusterRows
     from kdengine.data.index import DatasetIndex
     from kdengine.data.replay import Replay
 
@@ -35,6 +36,7 @@ def build_loader(
     crop_seed: int | None = None,
     with_labels: bool = False,
     flip: bool = False,
+    clusters: ClusterRows | None = None,
 ) -> Loader:
     """A loader of the good samples of an index, decoded by DALI in background threads.
 
@@ -73,6 +75,8 @@ def build_loader(
             centre.
         with_labels: tell the class of each sample.
         flip: in training, mirror half of the images, all views alike, drawn anew each time.
+        clusters: attached to this index; tells the cluster of each sample, and its teacher's
+            softmax over clusters (see `ClusterRows.rows`).
 
     Memory: `shuffle_buffer` encoded images, and about four batches.
 
@@ -122,4 +126,5 @@ def build_loader(
         crop_seed=crop_seed,
         with_labels=with_labels,
         flip=flip,
+        clusters=clusters,
     )

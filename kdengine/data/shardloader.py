@@ -26,6 +26,7 @@ from kdengine.data.progress import counted
 from kdengine.data.views import ViewSpec
 
 if TYPE_CHECKING:
+    from kdengine.data.clusters import ClusterRows
     from kdengine.data.dali import ImagePipeline, RawBatch, ReaderSpec
     from kdengine.data.index import DatasetIndex
     from kdengine.data.replay import Replay
@@ -53,6 +54,7 @@ class ShardLoader(Loader):
         crop_seed: int | None,
         with_labels: bool,
         flip: bool,
+        clusters: ClusterRows | None,
     ) -> None:
         allow_open_files(len(index.shards))
         self._index = index
@@ -63,7 +65,7 @@ class ShardLoader(Loader):
         self._num_threads, self._seed, self._caption = num_threads, seed, caption
         self._shuffle_buffer, self._replay, self._crop_seed = shuffle_buffer, replay, crop_seed
         self._labels = index.labels() if with_labels else None
-        self._flip = flip
+        self._flip, self._clusters = flip, clusters
         self._device_id = device_id
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         self._numbers = SourceNumbers(index)
@@ -138,6 +140,9 @@ class ShardLoader(Loader):
         if self._replay is not None:
             stored = self._replay.rows(numbers, raw.numbers, choice)
             batch |= {name: self._move(rows) for name, rows in stored.items()}
+        if self._clusters is not None:
+            of_each = self._clusters.rows(numbers)
+            batch |= {name: self._move(rows) for name, rows in of_each.items()}
         return batch
 
     def _choose(self, numbers: np.ndarray) -> np.ndarray:
@@ -227,6 +232,7 @@ class TrainLoader(ShardLoader):
             "caption": self._caption,
             **({"flip": True} if self._flip else {}),
             "stored views": self._replay and self._replay.digest,
+            "clusters": self._clusters and self._clusters.digest,
             "sizes": sorted(view.size for view in self._views.values()),
             "device": self._device.type,
         }

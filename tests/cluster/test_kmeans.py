@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from kdengine import reference_assign as reference
 from kdengine.cli import main
 from kdengine.cluster import cluster_command, kmeans, open_embeddings, targets
+from kdengine.data import ClusterRows, ensure_index
+from kdengine.demo.shards import Sizes, render_data
 
 TARGETS = ("nearest", "cosines", "lse")
 
@@ -204,6 +206,33 @@ def test_half_of_the_largest_goes_to_an_empty_one() -> None:
     # two rows that are alike cannot be told apart
     same, count = kmeans.fill_empty(centroids.clone(), torch.tensor([1, 0, 1, 0]))
     assert count == 0 and torch.equal(same, centroids)
+
+
+def test_training_reads_what_the_command_wrote(write_cache: Any, tmp_path: Path) -> None:
+    render_data(tmp_path / "data", 0, Sizes(num_shards=2, shard_size=16, num_val=4))
+    index = ensure_index(sorted(map(str, (tmp_path / "data").glob("*train*.tar"))))
+    rows = clustered(32, 6, 16, 2.0)
+    shards = {s.label: rows[None, s.first : s.first + s.num_samples] for s in index.shards}
+    cache, out = write_cache(tmp_path / "cache", shards), tmp_path / "out"
+    cluster_command(cache, out, k=6, top=3, scale=20.0)
+    clusters = ClusterRows(out, with_targets=True)
+    assert (clusters.num_clusters, clusters.top, clusters.scale, clusters.width) == (6, 3, 20.0, 16)
+    clusters.check(index)
+    clusters.attach(index)
+    numbers = np.array([31, 4, 15, 16, 4])
+    found = clusters.rows(numbers)
+    key = torch.from_numpy(read(out, "centroids")).double()
+    truth = reference.nearest_of_softmax(rows[numbers].double(), key, 20.0, 3)
+    assert torch.equal(found["cluster"], truth[0][:, 0])
+    assert torch.equal(found["cluster_nearest"], truth[0])
+    torch.testing.assert_close(found["cluster_cosine"].double(), truth[1], rtol=0, atol=3e-7)
+    torch.testing.assert_close(found["cluster_lse"].double(), truth[2], rtol=1e-6, atol=0)
+    cluster_command(cache, tmp_path / "other", k=6, top=3, scale=21.0)
+    assert clusters.digest != ClusterRows(tmp_path / "other", with_targets=True).digest
+    cluster_command(cache, tmp_path / "labels", k=6, top=0)
+    ClusterRows(tmp_path / "labels", with_targets=False).check(index)
+    with pytest.raises(ValueError, match="has labels alone, and the teacher's softmax is wanted"):
+        ClusterRows(tmp_path / "labels", with_targets=True)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])

@@ -156,7 +156,7 @@ def test_limit_on_open_files_is_raised_as_far_as_allowed(monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 50_000))
     monkeypatch.setattr("resource.setrlimit", lambda which, limits: raised.append(limits))
     allow_open_files(1000)
-    assert raised == [(2 * 1000 + 2 * MAPS + 1024, 50_000)]
+    assert raised == [(2 * 1000 + 3 * MAPS + 1024, 50_000)]
     with pytest.raises(RuntimeError, match="hard limit is 50000"):
         allow_open_files(100_000)
 
