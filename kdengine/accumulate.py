@@ -36,6 +36,7 @@ from torch import Tensor
 
 from kdengine import checkpoint
 from kdengine.methods import Embeddings, joined
+from kdengine.methods.centres import STORED, Drawn
 from kdengine.models import Features
 from kdengine.optimizer import Buffers
 from kdengine.teachers import Teachers
@@ -58,10 +59,18 @@ class Accumulation:
         engine: the training engine around ``methods.Distillation``.
         teachers: what embeds a micro-batch beside the student; None without.
         accum_freq: the number of micro-batches.
+        draw: gives the clusters of a step from those of its images; None without.
     """
 
-    def __init__(self, engine: Any, teachers: Teachers | None, accum_freq: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        teachers: Teachers | None,
+        accum_freq: int,
+        draw: Callable[[Sequence[Batch]], Drawn] | None = None,
+    ) -> None:
         self._engine, self._teachers, self._accum_freq = engine, teachers, accum_freq
+        self._draw = draw
         self._waiting: list[_Embedded] = []
         self._earlier: Embeddings | None = None
 
@@ -74,12 +83,14 @@ class Accumulation:
             load: gives the next micro-batch.
             diagnose: measure the likeness of student and teachers too.
         """
-        by_teachers, by_student = [], []
+        by_teachers, by_student, clusters = [], [], []
         for _ in range(self._accum_freq - 1):
             batch = load()
+            clusters.append(self._clusters(batch))
             by_teachers.append(self._teach(batch))
             by_student.append(self._embed(batch))
         batch = load()
+        clusters.append(self._clusters(batch))
         by_teachers.append(self._teach(batch))
         teachers = [_together(each) for each in zip(*by_teachers, strict=True)]
         if by_student:
@@ -88,7 +99,8 @@ class Accumulation:
                 if leaf is not None:
                     leaf.requires_grad_()
         wanted = [batch[name] for name in self._engine.module.wants]
-        return self._engine(*wanted, teachers, diagnose, self._earlier)
+        more = {} if self._draw is None else {"drawn": self._draw(clusters)}
+        return self._engine(*wanted, teachers, diagnose, self._earlier, **more)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss that ``forward`` returned, or of a multiple of it."""
@@ -107,6 +119,10 @@ class Accumulation:
             self._replay(waiting, own)
             buffers.restore()
         checkpoint.set_random_state(after)
+
+    def _clusters(self, batch: Batch) -> Batch:
+        """What a batch says of its images' clusters."""
+        return {name: batch[name] for name in STORED if name in batch} if self._draw else {}
 
     def _teach(self, batch: Batch) -> Sequence[Features]:
         return self._teachers(batch) if self._teachers else ()

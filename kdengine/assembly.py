@@ -13,10 +13,17 @@ from torch import nn
 from kdengine import models
 from kdengine.cache import CachedTeachers, Store, check_teachers
 from kdengine.config import RunConfig
-from kdengine.data import Replay, ViewSpec, build_loader, build_synthetic_loader, ensure_index
+from kdengine.data import (
+    ClusterRows,
+    Replay,
+    ViewSpec,
+    build_loader,
+    build_synthetic_loader,
+    ensure_index,
+)
 from kdengine.data.progress import counted
 from kdengine.data.shards import folders_told
-from kdengine.methods import needs_teacher, teacher_missing
+from kdengine.methods import Centres, needs_teacher, teacher_missing
 from kdengine.models import Student, TowerSpec
 from kdengine.ranks import Ranks
 from kdengine.teachers import LiveTeachers, Teachers, size
@@ -118,6 +125,55 @@ def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
     return store
 
 
+def open_clusters(config: RunConfig, teachers: Teachers | None) -> ClusterRows | None:
+    """The clusters of the training images; None for a method without.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be used, or are of another width than the
+            embeddings that are to be compared with them.
+    """
+    own = config.method.clip_cid
+    if config.method.name != "clip_cid" or not (own.cluster or own.cluster_kl):
+        return None
+    clusters = ClusterRows(own.clusters, with_targets=own.needs_targets)
+    if own.positives > max(clusters.top, 1):
+        raise ValueError(
+            f"method.clip_cid.positives: expected at most the {clusters.top} nearest clusters that "
+            f"{own.clusters} stores of an image, got {own.positives}; run 'kdengine cluster' into "
+            "another folder with a larger --top"
+        )
+    widths = [spec.embed_dim for spec in teachers.specs] if teachers else []
+    if own.targets == "teacher" and widths != [clusters.width]:
+        raise ValueError(
+            "method.clip_cid.targets: 'teacher' compares one teacher's embeddings with the "
+            f"centroids of {own.clusters}, which are {clusters.width} wide; got teachers of the "
+            f"widths {widths}; name the teacher that was clustered, or take the stored targets"
+        )
+    return clusters
+
+
+def build_centres(
+    config: RunConfig, ranks: Ranks, student: TowerSpec, clusters: ClusterRows
+) -> Centres:
+    """This rank's part of the clusters' centres."""
+    own = config.method.clip_cid
+    learned = own.prototypes == "own"
+    wanted = not learned or (own.cluster_kl > 0 and own.targets == "teacher")
+    return Centres(
+        clusters.num_clusters,
+        width=student.embed_dim if learned else None,
+        teacher=clusters.centroids() if wanted else None,
+        target_scale=clusters.scale,
+        ratio=own.sample_ratio,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        wd=own.centre_wd,
+        seed=config.train.seed,
+        group=ranks.group,
+        device=ranks.device,
+    )
+
+
 def refuse_bf16_statistics(precision: str, name: str, student: nn.Module) -> None:
     """Refuse pure bf16 for a student with batch norms.
 
@@ -140,11 +196,12 @@ def build_data(
     student: TowerSpec,
     teachers: Teachers | None,
     replay: Replay | None = None,
+    clusters: ClusterRows | None = None,
 ) -> Data:
     """The training loader and what it is about.
 
-    A batch holds ``image`` and ``tokens`` for the student, and what the teachers want beside them.
-    With ``replay`` images are its stored views.
+    A batch holds ``image`` and ``tokens`` for the student, what the teachers want beside them, and
+    what ``clusters`` store of the images. With ``replay`` images are its stored views.
 
     Raises:
         ValueError: no training data, or none of its samples is good.
@@ -174,6 +231,10 @@ def build_data(
             raise ValueError(
                 "data.keep: synthetic data has no keep list; give --data.train-data, or no list"
             )
+        if clusters is not None:
+            raise ValueError(
+                "method.clip_cid.clusters: synthetic data is in no clusters; give --data.train-data"
+            )
         num_samples = config.data.train_num_samples
         loader = build_synthetic_loader(num_samples, **shared)
         identity = {"num_samples": num_samples, "shards": "synthetic"}
@@ -185,6 +246,9 @@ def build_data(
         # one rank is enough: this looks at every file of the cache
         ranks.first_only(lambda: replay.check(index), "cache")
         replay.attach(index)
+    if clusters is not None:
+        ranks.first_only(lambda: clusters.check(index), "clusters")
+        clusters.attach(index)
     loader = build_loader(
         index,
         **shared,
@@ -193,6 +257,7 @@ def build_data(
         shuffle_buffer=config.data.shuffle_buffer,
         caption=config.data.caption,
         replay=replay,
+        clusters=clusters,
     )
     rows = {
         "samples": f"{index.num_samples} in {counted(len(index.shards), 'shard')}",
@@ -213,7 +278,10 @@ def build_data(
     ]
     content = json.dumps(shards if index.kept is None else [shards, index.kept])
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Data(loader, {"num_samples": index.num_read, "shards": digest}, rows)
+    identity = {"num_samples": index.num_read, "shards": digest}
+    if clusters is not None:
+        identity["clusters"] = clusters.digest
+    return Data(loader, identity, rows)
 
 
 def open_index(config: RunConfig, ranks: Ranks, tokenizers: list[str]) -> Any:
@@ -258,11 +326,17 @@ def header(
     teachers: Teachers | None,
     steps_per_epoch: int,
     total: int,
+    clusters: ClusterRows | None = None,
 ) -> dict[str, str]:
     """Rows that say what is about to run."""
     rows = {"student": size(student.spec, student.tower)}
     if teachers is not None:
         rows |= teachers.rows()
+    if clusters is not None:
+        cid = config.method.clip_cid
+        kind = "own prototypes" if cid.prototypes == "own" else "the teacher's centroids"
+        looked = "" if cid.sample_ratio == 1 else f", {cid.sample_ratio:.0%} of them in a step"
+        rows["clusters"] = f"{clusters.num_clusters} of {cid.clusters}, {kind}{looked}"
     batch, accum_freq = config.train.batch_size, config.train.accum_freq
     rows["method"] = config.method.name
     rows["ranks"] = f"{ranks.world_size} on {ranks.device.type}"

@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from kdengine import MAX_PIXELS
-from kdengine.promptconfig import CLASS_METHODS, Classes, ComKD, Prompt, refuse_with_prompts
+from kdengine.methodconfig import ClipCID as ClipCID
+from kdengine.methodconfig import ClipKD as ClipKD
+from kdengine.methodconfig import Method
+from kdengine.methodconfig import TinyClip as TinyClip
+from kdengine.promptconfig import Classes, Prompt, refuse_with_prompts
 from kdengine.promptconfig import check as _check
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -93,78 +97,6 @@ class Distill:
         """Model and pretrained of each teacher."""
         tags = self.distill_pretrained or ("",) * len(self.distill_model)
         return [(model, tag or None) for model, tag in zip(self.distill_model, tags, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipKD:
-    """Weights of CLIP-KD, in the reductions of its released code."""
-
-    task: float = 1.0
-    """CLIP InfoNCE, mean of rows and columns."""
-    crd: float = 1.0
-    """Contrastive relational distillation, mean of the row and the column KL."""
-    fd: float = 2000.0
-    """Feature distillation; its weight belongs to fd_reduction."""
-    fd_reduction: Literal["mean", "sum"] = "mean"
-    """Squared error averaged over the width, as the paper's 2000, or summed over it, as its formula
-    (2000 / width): the same for every width, and logged as fd_sum."""
-    icl: float = 1.0
-    """Interactive contrastive learning, mean of both directions."""
-    gd: float = 0.0
-    """Gradient distillation; the paper's weight is 1e8, at a batch of 1024 (it falls as 1/N^2)."""
-    afd: float = 0.0
-    """Augmented feature distillation: InfoNCE of student and teacher fused by a linear layer."""
-    mask_ratio: float = 0.0
-    """Share of the patches that fd hides from a ViT student: masked feature distillation."""
-    mask_all: bool = False
-    """All terms see the masked image: one pass of the student instead of two."""
-    teacher_features: Literal["concat", "mean"] = "concat"
-    """Of several teachers fd, icl, gd and afd see: features side by side, or their mean."""
-    reference_quirks: bool = False
-    """Reproduce the released code where it differs from the paper (raw scales, GD, MFD)."""
-
-    def __post_init__(self) -> None:
-        for name in ("task", "crd", "fd", "icl", "gd", "afd"):
-            value = getattr(self, name)
-            _check("method.clip_kd", name, value, "a weight >= 0", value >= 0)
-        ratio = self.mask_ratio
-        _check("method.clip_kd", "mask_ratio", ratio, "a share of 0 <= r < 1", 0 <= ratio < 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyClip:
-    """Affinity mimicking of TinyCLIP."""
-
-    alpha: float = 1.0
-    """Weight of affinity mimicking; the rest, 1 - alpha, is that of InfoNCE."""
-    scale: float = 50.0
-    """Multiplier of the cosines of student and teachers, a constant; with 0 each has its own, and
-    the student learns its."""
-
-    def __post_init__(self) -> None:
-        _check("method.tinyclip", "alpha", self.alpha, "a share 0..1", 0 <= self.alpha <= 1)
-        good = self.scale == 0 or 1 <= self.scale <= 100
-        _check("method.tinyclip", "scale", self.scale, "a multiplier 1..100, or 0", good)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What is learned from whom."""
-
-    name: Literal["clip", "clip_kd", "tinyclip", "comkd_teacher", "comkd"] = "clip_kd"
-    """'clip': no teacher. 'clip_kd': InfoNCE + CRD + FD + ICL. 'tinyclip': affinity mimicking. With
-    prompts, on images with classes: 'comkd_teacher': labels. 'comkd': a teacher's logits."""
-    clip_kd: ClipKD = field(default_factory=ClipKD)
-    """Settings of method clip_kd."""
-    tinyclip: TinyClip = field(default_factory=TinyClip)
-    """Settings of method tinyclip."""
-    comkd: ComKD = field(default_factory=ComKD)
-    """Settings of method comkd."""
-
-    @property
-    def on_classes(self) -> bool:
-        """Whether it learns prompts, from images with classes, and not from pairs."""
-        return self.name in CLASS_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from kdengine.distributed import Exchange
 from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import EvalSet, Evaluator, parse_eval_sets
 from kdengine.log import RunLog
-from kdengine.methods import build_method, build_root
+from kdengine.methods import Centres, build_method, build_root
 from kdengine.models import TowerSpec, build_from_spec
 from kdengine.optimizer import Buffers, build_optimizer
 from kdengine.pruning import BUDGET_TOLERANCE, Pruning, View, lacking
@@ -51,6 +51,7 @@ class Job:
     state: State
     buffers: Buffers
     pruning: Pruning | None
+    centres: Centres | None
 
     @property
     def num_pairs(self) -> int:
@@ -86,7 +87,13 @@ class Job:
         engine_config = self.identity["engine"]
         student = assembly.Student(tower, spec)
         self.engine = build_engine(
-            self.config, self.ranks, student, self.teachers, engine_config, method
+            self.config,
+            self.ranks,
+            student,
+            self.teachers,
+            engine_config,
+            method,
+            centres=self.centres,
         )
         self.buffers = Buffers(self.engine.module)
         checkpoint.set_random_state(before)
@@ -148,12 +155,18 @@ def build(
             student, config.prune, group=me.group, device=me.device, seed=config.train.seed
         )
     teachers: Teachers | None
+    clusters = centres = None
     if prompts:
         teachers, (loader, identity, data_rows) = prompts.teachers, prompts.data
     else:
         store = assembly.open_cache(config, me)
         teachers = assembly.build_teachers(config, me, student.spec, store)
-        loader, identity, data_rows = assembly.build_data(config, me, student.spec, teachers, store)
+        clusters = assembly.open_clusters(config, teachers)
+        loader, identity, data_rows = assembly.build_data(
+            config, me, student.spec, teachers, store, clusters
+        )
+        if clusters:
+            centres = assembly.build_centres(config, me, student.spec, clusters)
     identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
     cleanup.callback(loader.close)
     evaluator = build_evaluator(config, me, student.spec)
@@ -164,14 +177,18 @@ def build(
             f"prune.steps: expected less than the {total} steps of the run, which trains on after "
             f"the cut; got {config.prune.steps}"
         )
-    rows = assembly.header(config, me, student, teachers, loader.steps_per_epoch, total)
+    steps_per_epoch = loader.steps_per_epoch
+    rows = assembly.header(config, me, student, teachers, steps_per_epoch, total, clusters)
     tokens = prompts.class_tokens if prompts else None
-    engine = build_engine(config, me, student, teachers, engine_config, class_tokens=tokens)
+    engine = build_engine(
+        config, me, student, teachers, engine_config, class_tokens=tokens, centres=centres
+    )
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.train.seed + me.rank)
     state = State()
     if resumed:
-        state = checkpoint.load(engine, resumed, ranks=me, loader=loader, pruning=pruning)
+        kept: dict[str, Any] = {"loader": loader, "pruning": pruning, "centres": centres}
+        state = checkpoint.load(engine, resumed, ranks=me, **kept)
     log = open_log(config, me, folder, state.step, total)
     cleanup.callback(log.close)
     log.header(f"kdengine {folder}", rows | data_rows)
@@ -184,7 +201,7 @@ def build(
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
         log.warn(note)
     parts = (log, student.spec, teachers, engine, loader, evaluator)
-    counts = (identity, total, state, Buffers(engine.module), pruning)
+    counts = (identity, total, state, Buffers(engine.module), pruning, centres)
     return Job(config, me, stop, heartbeat, folder, *parts, *counts)
 
 
@@ -207,11 +224,12 @@ def build_engine(
     engine_config: dict[str, Any],
     method_weights: Mapping[str, Tensor] | None = None,
     class_tokens: Tensor | None = None,
+    centres: Centres | None = None,
 ) -> Any:
     """The DeepSpeed engine around student, heads and scales; equal weights on all ranks.
 
     Heads and scales start from ``method_weights`` where they are given; ``class_tokens`` are for
-    methods with prompts.
+    methods with prompts, ``centres`` for one of clusters, whose head may lead to their width.
     """
     import deepspeed
 
@@ -221,6 +239,7 @@ def build_engine(
         student_width=student.spec.embed_dim,
         teacher_widths=[spec.embed_dim for spec in teachers.specs] if teachers else (),
         class_tokens=class_tokens,
+        centre_width=centres.constant_width if centres else None,
         group=Exchange(
             me.group,
             num_chunks=config.train.num_chunks,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: evaluate, save, stop, step, log."""
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from kdengine import checkpoint, ranks
 from kdengine.accumulate import Accumulation, Batch
 from kdengine.job import Job
 from kdengine.log import Meter
+from kdengine.methods.centres import Centres, Drawn, read_assigned
 from kdengine.models import build_from_spec
 from kdengine.models.towers import LOG_SCALE_MAX
 from kdengine.optimizer import learning_rate, update
@@ -107,7 +109,10 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
     job.buffers.keep()
     if job.pruning is not None:
         job.pruning.begin(job.state.step)
-    passes = Accumulation(engine, job.teachers, job.config.train.accum_freq)
+    draw = None
+    if job.centres is not None:
+        draw = functools.partial(draw_centres, job.centres, job.state.step)
+    passes = Accumulation(engine, job.teachers, job.config.train.accum_freq, draw)
     loss, terms = passes.forward(load, diagnose)
     told = {"loss": loss.detach(), **terms}
     shared = job.ranks.sum(torch.cat([asked, torch.stack([x.float() for x in told.values()])]))
@@ -122,6 +127,8 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
         job.buffers.restore()
     if job.pruning is not None:
         job.pruning.finish(job.state.step, applied)
+    if job.centres is not None:
+        job.centres.finish(lr * job.config.method.clip_cid.centre_lr, applied)
     checkpoint.clamp_masters(engine, engine.module.log_scales(), 0.0, LOG_SCALE_MAX)
     stop, save_now, *sums = shared.tolist()
     return Step(
@@ -133,6 +140,11 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
         applied=applied,
         data_wait_s=data_wait_s,
     )
+
+
+def draw_centres(centres: Centres, step: int, told: Sequence[Batch]) -> Drawn:
+    """The clusters of a step, from what is stored of its images."""
+    return centres.draw(read_assigned(told, centres.target_scale), step)
 
 
 def count_skipped(job: Job, step: Step) -> None:
@@ -251,6 +263,7 @@ def save(job: Job) -> None:
         student=view.spec,
         identity=job.identity,
         masks=None if job.pruning is None else job.pruning.state_dict(),
+        centres=None if job.centres is None else job.centres.state_dict(),
     )
     if path is not None:
         job.log.note(f"saved {path} in {time.perf_counter() - start:.1f} s")

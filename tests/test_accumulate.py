@@ -4,7 +4,7 @@
 import copy
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kdengine.accumulate import Accumulation
-from kdengine.methods import Clip, ClipKD, Distillation, Embeddings, Method, joined
+from kdengine.methods import Clip, ClipCID, ClipKD, Distillation, Embeddings, Method, joined
+from kdengine.methods.centres import STORED, Drawn, read_assigned
 from kdengine.models import Features, build_student
 
 K, SIZE, WIDTH = 4, 3, 16
@@ -78,19 +79,46 @@ def micro_batches(num: int, size: int = SIZE) -> list[dict[str, Tensor]]:
         for name in ("u16", "v16", "u12", "v12"):
             shape = (size, int(name[1:]))
             batch[name] = torch.randn(shape, generator=draw, dtype=torch.float64)
+        batch["cluster_nearest"] = torch.rand(size, 9, generator=draw).argsort(1)[:, :3]
+        batch["cluster"] = batch["cluster_nearest"][:, 0]
+        batch["cluster_cosine"] = torch.rand(size, 3, generator=draw, dtype=torch.float64)
+        batch["cluster_lse"] = torch.full((size,), 6.0, dtype=torch.float64)
         made.append(batch)
     return made
 
 
-def step(root: Distillation, teachers: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+class Clusters:
+    """Nine clusters, all of them in every step."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(4)
+        self.centres = torch.randn(9, WIDTH, generator=draw, dtype=torch.float64).requires_grad_()
+
+    def draw(self, batches: Sequence[dict[str, Tensor]]) -> Drawn:
+        assert all(set(batch) == set(STORED) for batch in batches)
+        return Drawn(self.centres, None, read_assigned(batches, 5.0))
+
+
+def step(
+    root: Distillation,
+    teachers: Any,
+    batches: list[dict[str, Tensor]],
+    clusters: Clusters | None = None,
+) -> Tensor:
     """A step of ``Accumulation``, whose loss has an upstream gradient that is not 1."""
-    passes = Accumulation(Engine(root), teachers, len(batches))
+    draw = clusters.draw if clusters else None
+    passes = Accumulation(Engine(root), teachers, len(batches), draw)
     loss, _ = passes.forward(iter(batches).__next__, False)
     passes.backward(1.5 * loss)
     return loss.detach()
 
 
-def whole(root: Distillation, teachers: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+def whole(
+    root: Distillation,
+    teachers: Any,
+    batches: list[dict[str, Tensor]],
+    clusters: Clusters | None = None,
+) -> Tensor:
     """The same with the graphs of all micro-batches at once, in plain autograd."""
     own = [root(batch["image"], batch["tokens"], only_embed=True) for batch in batches]
     embeddings = joined(own)
@@ -98,7 +126,9 @@ def whole(root: Distillation, teachers: Any, batches: list[dict[str, Tensor]]) -
     together = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
     masked = embeddings.image if root.method.mask_all else embeddings.masked
     student = Features(embeddings.image, embeddings.text, scale)
-    terms = root.method(student, teachers(together) if teachers else (), masked)
+    told = [{name: batch[name] for name in STORED} for batch in batches]
+    more = {"drawn": clusters.draw(told)} if clusters else {}
+    terms = root.method(student, teachers(together) if teachers else (), masked, **more)
     loss = sum(weight * terms[name] for name, weight in root.method.weights.items())
     (1.5 * loss).backward()
     return loss.detach()
@@ -116,6 +146,7 @@ METHODS = {
     ),
     "all-masked": (lambda: ClipKD(WIDTH, [12], **KD, mask_ratio=0.5, mask_all=True), (12,)),
     "two-teachers": (lambda: ClipKD(WIDTH, [16, 12], **KD), (16, 12)),
+    "clusters": (lambda: ClipCID(WIDTH, positives=2), (16,)),
     "as-released": (lambda: ClipKD(WIDTH, [16], **KD, reference_quirks=True), (16,)),
 }
 # masks and dropped patches exclude each other
@@ -128,11 +159,12 @@ def test_gradients_are_those_of_all_graphs_at_once(name: str, tmp_path: Path) ->
     root = build(tmp_path, VISIONS.get(name, VIT), method())
     other, batches = copy.deepcopy(root), micro_batches(K)
     teachers = Teachers(widths) if widths else None
+    ours, theirs = (Clusters() if name == "clusters" else None for _ in range(2))
     torch.manual_seed(5)
-    loss = step(root, teachers, batches)
+    loss = step(root, teachers, batches, ours)
     after = torch.rand(4)
     torch.manual_seed(5)
-    expected = whole(other, Teachers(widths) if widths else None, batches)
+    expected = whole(other, Teachers(widths) if widths else None, batches, theirs)
     # the step leaves the generator where its draws have brought it
     assert torch.equal(after, torch.rand(4))
     assert teachers is None or teachers.calls == K
@@ -141,6 +173,8 @@ def test_gradients_are_those_of_all_graphs_at_once(name: str, tmp_path: Path) ->
         assert (x.grad is None) == (y.grad is None), key
         if y.grad is not None:
             torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12, msg=key)
+    if ours and theirs:
+        torch.testing.assert_close(ours.centres.grad, theirs.centres.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_another_mask_in_the_replay_would_be_noticed(tmp_path: Path, monkeypatch: Any) -> None:

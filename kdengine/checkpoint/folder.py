@@ -21,6 +21,11 @@ def step_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def centres_name(rank: int) -> str:
+    """File of a rank's part of the clusters' centres."""
+    return f"centres_{rank:05d}.safetensors"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in (run / FOLDER).glob(f"{PREFIX}*") if (path / META).is_file()]

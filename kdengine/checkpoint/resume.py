@@ -26,6 +26,7 @@ FREE = (
     "distill.distill_model",
     "distill.distill_pretrained",
     "distill.cache",
+    "method.clip_cid.clusters",
     "train.deepspeed_config",
     "train.max_skipped",
 )
@@ -33,6 +34,7 @@ IDENTITY = {
     "num_samples": "the number of training samples",
     "shards": "the training shards (names, sizes, samples)",
     "teacher": "the teacher's weights",
+    "clusters": "the clusters of the training samples",
     "engine": "DeepSpeed's configuration",
 }
 # these stretch the schedule of the learning rate, and are announced
@@ -125,7 +127,7 @@ def check(path: Path, config: RunConfig, ranks: Ranks, identity: Mapping[str, An
         )
     there = meta["identity"]
     for name, what in IDENTITY.items():
-        if there[name] != identity[name]:
+        if there.get(name) != identity.get(name):
             told = f": {there[name]} became {identity[name]}" if name == "num_samples" else ""
             if name == "engine":
                 keys = there[name].keys() | identity[name].keys()

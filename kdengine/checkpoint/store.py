@@ -23,6 +23,7 @@ from kdengine.checkpoint.folder import (
     META,
     PARTIAL,
     STUDENT,
+    centres_name,
     checkpoints,
     find,
     point,
@@ -50,6 +51,7 @@ def save(
     student: TowerSpec,
     identity: Mapping[str, Any],
     masks: Mapping[str, Any] | None = None,
+    centres: Mapping[str, Any] | None = None,
 ) -> Path | None:
     """Write a checkpoint; all ranks call it together.
 
@@ -64,6 +66,7 @@ def save(
         student: what the weights are.
         identity: see ``check``.
         masks: the state of a student that is being pruned.
+        centres: this rank's part of the clusters' centres.
 
     Communication: five barriers, and the engine's own.
 
@@ -82,6 +85,8 @@ def save(
     engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
     own = {"random": random_state(), "loader": loader.state_dict()}
     torch.save(own, partial / f"rank_{ranks.rank:05d}.pt")
+    if centres:
+        save_file(dict(centres), partial / centres_name(ranks.rank))
     if ranks.first:
         save_file(dict(weights), partial / STUDENT, metadata={"format": "pt"})
         if masks is not None:
@@ -110,12 +115,18 @@ def save(
 
 
 def load(
-    engine: Any, path: Path, *, ranks: Ranks, loader: Any, pruning: Any | None = None
+    engine: Any,
+    path: Path,
+    *,
+    ranks: Ranks,
+    loader: Any,
+    pruning: Any | None = None,
+    centres: Any | None = None,
 ) -> State:
     """Bring engine, data position and random states back to those of a checkpoint; all ranks.
 
-    Nothing may draw random numbers between this call and the first step. ``pruning`` gets its
-    ``load_state_dict`` called.
+    Nothing may draw random numbers between this call and the first step. ``pruning`` and
+    ``centres`` get their ``load_state_dict`` called.
     """
     try:
         loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_lr_scheduler_states=False)
@@ -124,6 +135,8 @@ def load(
             # AdamW's step counters stay where they are loaded, and on a GPU each is waited for
             masks = torch.load(path / MASKS, weights_only=True, map_location="cpu")
             pruning.load_state_dict(masks)
+        if centres is not None and centres.state_dict():
+            centres.load_state_dict(load_file(path / centres_name(ranks.rank)))
     except Exception as error:
         raise damaged(path, error) from error
     if loaded is None:

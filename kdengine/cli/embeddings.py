@@ -21,6 +21,7 @@ def cluster(
     teacher: int = 0,
     top: int = 64,
     scale: float = 100.0,
+    keep: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None,
 ) -> int:
     """Spherical k-means of image embeddings: a label for every sample, and the centroids.
 
@@ -42,6 +43,8 @@ def cluster(
         top: Nearest centroids to write of every sample, 8 bytes each and 4 a sample; 0 for labels
             alone.
         scale: Of the teacher's softmax over the centroids, as a CLIP model's logit scale.
+        keep: What 'kdengine balance' wrote of the same embeddings: the centroids are those of the
+            images that stay, the others are given the nearest.
     """
     if min(k, iterations) < 1 or not tolerance >= 0:
         raise ValueError("cluster: --k and --iterations must be at least 1, --tolerance at least 0")
@@ -62,6 +65,7 @@ def cluster(
         teacher=teacher,
         top=top,
         scale=scale,
+        keep=keep,
     )
     if told is not None:
         print_table(told)

@@ -26,7 +26,14 @@ from rich.table import Table
 
 from kdengine import ranks
 from kdengine.cluster import folder, kmeans, targets
-from kdengine.cluster.embeddings import Embeddings, open_embeddings, partial_file, write_parts
+from kdengine.cluster.embeddings import (
+    Embeddings,
+    KeptEmbeddings,
+    open_embeddings,
+    partial_file,
+    read_parts,
+    write_parts,
+)
 from kdengine.data.progress import Progress
 from kdengine.durable import sync
 from kdengine.ranks import Ranks
@@ -50,6 +57,7 @@ def cluster_command(
     teacher: int = 0,
     top: int = targets.TOP,
     scale: float = targets.SCALE,
+    keep: str | Path | None = None,
 ) -> Table | None:
     """Spherical k-means of embeddings, gone on with where an earlier call was interrupted.
 
@@ -63,6 +71,8 @@ def cluster_command(
         teacher: which of a cache's.
         top: nearest centroids to write of each row; 0 writes labels alone.
         scale: of their softmax, that of the teacher's logits.
+        keep: what ``balance`` wrote of the same embeddings: centroids are those of the rows that
+            stay, the others get the label of the nearest.
 
     Work: 2 N K D FLOP an iteration, shared by the ranks; once more in the end, and twice for the
     nearest, half of that in float64. Memory of a rank: centroids 4 K D bytes, sums 8 K D, a block
@@ -74,13 +84,16 @@ def cluster_command(
         ValueError: arguments or embeddings that cannot be used, or ``out`` holds other results.
     """
     out, embeddings = Path(out), open_embeddings(Path(path), teacher)
-    if not 1 <= k <= embeddings.num_rows:
+    kept = None if keep is None else _kept(Path(keep), embeddings)
+    rows = embeddings if kept is None else KeptEmbeddings(embeddings, kept)
+    if not 1 <= k <= rows.num_rows:
+        which = "" if kept is None else " that stay"
         raise ValueError(
-            f"cluster: --k is between 1 and the number of rows, {embeddings.num_rows}; got {k}"
+            f"cluster: --k is between 1 and the number of rows{which}, {rows.num_rows}; got {k}"
         )
     me = ranks.join()
     wanted = {
-        "embeddings": embeddings.digest,
+        "embeddings": rows.digest,
         "k": k,
         "iterations": iterations,
         "tolerance": tolerance,
@@ -91,7 +104,7 @@ def cluster_command(
     lock = me.first_only(lambda: _begin(out, wanted), "cluster")
     done = me.broadcast((out / folder.MANIFEST).exists())
     if not done:
-        _run(embeddings, out, wanted, me)
+        _run(embeddings, kept, out, wanted, me)
     if lock is None:
         return None
     lock.close()
@@ -117,28 +130,52 @@ def _begin(out: Path, wanted: dict[str, Any]) -> IO[str]:
     return lock
 
 
-def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -> None:
+def _kept(folder_of_balance: Path, embeddings: Embeddings) -> np.ndarray:
+    """Whether each row stays, bool [N], as ``balance`` found."""
+    told = folder.read_manifest(folder_of_balance)
+    if told.get("command") != "balance" or told["embeddings"] != embeddings.digest:
+        raise ValueError(
+            f"cluster: expected what 'kdengine balance' wrote of the same embeddings, and "
+            f"{folder_of_balance} is another result or of others; run 'kdengine balance' over these"
+        )
+    return read_parts(folder_of_balance, embeddings, "keep")
+
+
+def _run(
+    embeddings: Embeddings,
+    kept: np.ndarray | None,
+    out: Path,
+    wanted: dict[str, Any],
+    me: Ranks,
+) -> None:
     """Iterate until it is done, and write the results."""
+    rows = embeddings if kept is None else KeptEmbeddings(embeddings, kept)
     saved = out / STATE
     # a file system of several machines may show it to some of them only
     if me.broadcast(saved.exists()):
         state = torch.load(saved, weights_only=True)
         state = kmeans.State(state["centroids"], state["objectives"], state["num_split"])
     else:
-        state = kmeans.start(embeddings, wanted["k"], wanted["seed"])
+        state = kmeans.start(rows, wanted["k"], wanted["seed"])
     with Progress(me.first and sys.stderr.isatty()) as bars:
 
-        def bar(title: str) -> kmeans.Advance:
-            advance = bars.begin(title, "rows", embeddings.num_rows)
+        def bar(title: str, total: int = embeddings.num_rows) -> kmeans.Advance:
+            advance = bars.begin(title, "rows", total)
             # the ranks' shares are equal
             return lambda more: advance(more * me.world_size, more * me.world_size)
 
         while not is_done(state.objectives, wanted["iterations"], wanted["tolerance"]):
-            kmeans.iterate(embeddings, state, me, bar(f"iteration {len(state.objectives) + 1}"))
+            title = f"iteration {len(state.objectives) + 1}"
+            kmeans.iterate(rows, state, me, bar(title, rows.num_rows))
             if me.first:
                 _save(saved, state, wanted)
             me.barrier()
         centroids, labels, objective = kmeans.final_labels(embeddings, state, me, bar("labels"))
+        used = np.arange(len(centroids)) if kept is None else np.unique(labels[kept])
+        if len(used) < len(centroids):
+            # each has a row that stays
+            state.centroids = centroids[used]
+            centroids, labels, objective = kmeans.final_labels(embeddings, state, me, bar("labels"))
         top, scale = min(wanted["top"], len(centroids)), wanted["scale"]
         if top:
             rule = targets.Rule(centroids.to(me.device), top, scale)
@@ -151,6 +188,7 @@ def _run(embeddings: Embeddings, out: Path, wanted: dict[str, Any], me: Ranks) -
     values = {
         "asked": wanted,
         "num_rows": embeddings.num_rows,
+        "num_kept": rows.num_rows,
         "width": embeddings.width,
         "k": len(centroids),
         "top": top,
@@ -192,8 +230,9 @@ def table(out: Path) -> Table:
     told, sizes = folder.read_manifest(out), np.load(out / "sizes.npy")
     found = Table(title=f"clusters {out}", show_header=False, title_justify="left")
     asked = told["asked"]["k"]
+    of_kept = f", {told['num_kept']:,} of which stay" * (told["num_kept"] < told["num_rows"])
     lost = f", {asked - told['k']:,} of {asked:,} left out without a row" * (asked > told["k"])
-    found.add_row("clusters", f"{told['k']:,} of {told['num_rows']:,} rows{lost}")
+    found.add_row("clusters", f"{told['k']:,} of {told['num_rows']:,} rows{of_kept}{lost}")
     quantiles = np.quantile(sizes, [0, 0.5, 1]).astype(int)
     found.add_row("rows in one", "least {:,}, median {:,}, most {:,}".format(*quantiles))
     if told["top"]:

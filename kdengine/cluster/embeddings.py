@@ -167,6 +167,19 @@ class CacheEmbeddings(Embeddings):
         return total
 
 
+class KeptEmbeddings(Embeddings):
+    """Some rows of others, numbered anew: those where ``keep``, bool [N], is true."""
+
+    def __init__(self, whole: Embeddings, keep: np.ndarray) -> None:
+        self._whole, self._numbers = whole, np.flatnonzero(keep)
+        self.num_rows, self.width = len(self._numbers), whole.width
+        self.parts = [Part("", 0, self.num_rows)]
+        self.digest = hashlib.sha256(whole.digest.encode() + keep.tobytes()).hexdigest()
+
+    def _rows(self, part: int, local: np.ndarray | slice) -> Tensor:
+        return self._whole.take(self._numbers[local])
+
+
 def open_embeddings(path: Path, teacher: int = 0) -> Embeddings:
     """The embeddings in a file or folder.
 
@@ -190,6 +203,12 @@ def open_embeddings(path: Path, teacher: int = 0) -> Embeddings:
 def write_parts(out: Path, embeddings: Embeddings, name: str, values: np.ndarray) -> None:
     """Write a value for each row beside the names of their samples; each file in one step."""
     PartsWriter(out, embeddings, name).append(values)
+
+
+def read_parts(out: Path, embeddings: Embeddings, name: str) -> np.ndarray:
+    """What `write_parts` wrote for the same embeddings."""
+    files = [out / part.folder / f"{name}.npy" for part in embeddings.parts]
+    return np.concatenate([np.load(file) for file in files])
 
 
 class PartsWriter:

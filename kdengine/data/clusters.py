@@ -78,6 +78,25 @@ class ClusterRows:
         self._stored = STORED if with_targets else {"cluster": STORED["cluster"]}
         self._index: DatasetIndex | None = None
 
+    def centroids(self) -> torch.Tensor:
+        """Of all clusters, unit rows, float32 [num_clusters, width], mapped from their file.
+
+        Raises:
+            ValueError: the file is damaged, or of other clusters.
+        """
+        path, shape = self.folder / "centroids.npy", (self.num_clusters, self.width)
+        try:
+            # a map that takes writes to itself, as tensors are expected to
+            found = np.load(path, mmap_mode="c")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"clusters: {path} cannot be read: {error}; make it anew") from None
+        if found.dtype != np.float32 or found.shape != shape:
+            raise ValueError(
+                f"clusters: expected float32 {list(shape)} in {path}, got {found.dtype} "
+                f"{list(found.shape)}; make it anew"
+            )
+        return torch.from_numpy(found)
+
     def check(self, index: DatasetIndex) -> None:
         """See that all samples of an index have what is wanted; reads every label.
 

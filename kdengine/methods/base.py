@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdengine.methods.centres import Drawn
 from kdengine.methods.likeness import Heads, first_outputs, likeness
 from kdengine.models import Features, TwoTower
 from kdengine.models.masking import install_mask
@@ -75,7 +76,8 @@ class Method(nn.Module, ABC):
         """The unweighted scalar terms, one for each name in ``weights``.
 
         ``teachers`` are in the order of the configuration; none where the method needs none.
-        ``masked`` is the student's raw embedding [b, D] of masked images, with ``mask_ratio``.
+        ``masked`` is the student's raw embedding [b, D] of masked images, with ``mask_ratio``. A
+        method of clusters takes ``drawn`` as well, those of the step.
 
         Further scalars, worth a place in the log, may stand beside them under other names.
         """
@@ -135,6 +137,7 @@ class Distillation(nn.Module):
         teachers: Sequence[Features] = (),
         diagnose: bool = False,
         earlier: Embeddings | None = None,
+        drawn: Drawn | None = None,
         *,
         only_embed: bool = False,
         replay: Gradients | None = None,
@@ -153,6 +156,7 @@ class Distillation(nn.Module):
             diagnose: measure likeness too.
             earlier: the student's embeddings of n pairs of this step that went before; the loss
                 is that of all n + b.
+            drawn: the clusters that the step looks at, and those of its images.
             only_embed: return the ``Embeddings`` of this batch, and nothing else.
             replay: a loss's gradients with respect to this batch's ``Embeddings``; return the sum
                 of the products of both, a scalar whose gradient in the towers is that of the loss.
@@ -178,7 +182,8 @@ class Distillation(nn.Module):
         masked = own.image if self.method.mask_all else own.masked
         heads = [self.method.heads(n) for n in range(len(teachers))] if diagnose else []
         with first_outputs(head for pair in heads if pair for head in pair[:2]) as seen:
-            terms: dict[str, Tensor] = self.method(student, teachers, masked)
+            more = {} if drawn is None else {"drawn": drawn}
+            terms: dict[str, Tensor] = self.method(student, teachers, masked, **more)
         logged = {name: term.detach() for name, term in terms.items()}
         logged["scale"] = student.scale.detach().squeeze()
         if diagnose:

@@ -17,7 +17,7 @@ there, full softmax over a million noisy clusters is worse than a tenth of them.
 nearest are always sampled is a reconstruction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ START_DEVIATION = 0.01
 # fresh rows are drawn in blocks, each from a seed of its own
 BLOCK = 4096
 _BITS = 31
+# what batches hold of clusters
+STORED = ("cluster", "cluster_nearest", "cluster_cosine", "cluster_lse")
 
 
 class Assigned(NamedTuple):
@@ -45,6 +47,19 @@ class Assigned(NamedTuple):
     label: Tensor
     nearest: Tensor | None = None
     probabilities: Tensor | None = None
+
+
+def read_assigned(batches: Sequence[Mapping[str, Tensor]], scale: float) -> Assigned:
+    """What is stored of the images of some batches, in order; ``scale`` is that of ``cluster_lse``.
+
+    Shapes: cluster [b]; with targets cluster_nearest [b, m], cluster_cosine [b, m], cluster_lse
+    [b], the log-sum-exp of scale times the cosines with all clusters.
+    """
+    told = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    if "cluster_nearest" not in told:
+        return Assigned(told["cluster"])
+    logits = scale * told["cluster_cosine"] - told["cluster_lse"][:, None]
+    return Assigned(told["cluster"], told["cluster_nearest"], logits.exp())
 
 
 class Drawn(NamedTuple):
@@ -69,6 +84,7 @@ class Centres:
         width: of centres that are learned; None to have the teacher's as constants.
         teacher: the teacher's unit centroids [K, E] on the CPU, of which a part is taken to the
             device; None where nothing looks at them.
+        target_scale: of what is stored of the images' nearest clusters.
         ratio: share of the other centres that a step looks at; 1 looks at all.
         betas: of AdamW.
         eps: of AdamW.
@@ -87,6 +103,7 @@ class Centres:
         *,
         width: int | None,
         teacher: Tensor | None = None,
+        target_scale: float = 0.0,
         ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
@@ -102,6 +119,7 @@ class Centres:
                 f"{world_size} ranks"
             )
         self.num_clusters, self.ratio, self.seed, self.group = num_clusters, ratio, seed, group
+        self.target_scale = target_scale
         self.betas, self.eps, self.wd = betas, eps, wd
         edges = [num_clusters * r // world_size for r in range(world_size + 1)]
         self._edges, self.first, self.last = edges, edges[rank], edges[rank + 1]
@@ -120,6 +138,11 @@ class Centres:
         elif self.teacher is None:
             raise ValueError("centres: expected a width to learn or a teacher's centroids")
         self._drawn: tuple[Tensor | None, Tensor] | None = None
+
+    @property
+    def constant_width(self) -> int | None:
+        """Width of the teacher's centroids where these are the centres; None where they learn."""
+        return None if self._state or self.teacher is None else self.teacher.shape[1]
 
     def draw(self, assigned: Assigned, step: int) -> Drawn:
         """The centres of a step, and its images' clusters by their numbers among these.

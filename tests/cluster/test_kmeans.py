@@ -12,7 +12,14 @@ import torch.nn.functional as F
 
 from kdengine import reference_assign as reference
 from kdengine.cli import main
-from kdengine.cluster import cluster_command, kmeans, open_embeddings, targets
+from kdengine.cluster import (
+    Wanted,
+    balance_command,
+    cluster_command,
+    kmeans,
+    open_embeddings,
+    targets,
+)
 from kdengine.data import ClusterRows, ensure_index
 from kdengine.demo.shards import Sizes, render_data
 
@@ -169,6 +176,50 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(
     # done is done
     cluster_command(path, tmp_path / "parts", **options)
     assert len(calls) == 9
+
+
+def test_only_what_balance_keeps_makes_centroids(
+    write_cache: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = clustered(150, 9, 16, 2.0)
+    cache = write_cache(tmp_path / "cache", {"a-1": rows[None, :70], "b-2": rows[None, 70:]})
+    balance_command(cache, tmp_path / "kept", Wanted(rule="random", retention=0.4))
+    parts = [tmp_path / "kept" / "shards" / name / "keep.npy" for name in ("a-1", "b-2")]
+    keep = np.concatenate([np.load(part) for part in parts])
+    options = ["--k", "30", "--top", "3", "--keep", str(tmp_path / "kept")]
+    assert main(["cluster", str(cache), str(tmp_path / "out"), *options]) == 0
+    assert "150 rows, 60 of which stay" in capsys.readouterr().out
+    places = [tmp_path / "out" / "shards" / name for name in ("a-1", "b-2")]
+    labels = np.concatenate([read(place) for place in places])
+    centroids = read(tmp_path / "out", "centroids")
+    truth = reference.nearest(open_embeddings(cache).read(0, 150), torch.from_numpy(centroids), 3)
+    assert np.array_equal(labels, truth[0][:, 0])
+    assert np.array_equal(np.concatenate([read(p, "nearest") for p in places]), truth[0])
+    assert set(labels[keep]) == set(range(len(centroids)))
+    # the same as of those rows alone
+    told, own = manifest(tmp_path / "out"), tmp_path / "own.npy"
+    np.save(own, rows[keep].numpy())
+    cluster_command(own, tmp_path / "alone", k=30)
+    alone = manifest(tmp_path / "alone")
+    np.testing.assert_allclose(told["objectives"], alone["objectives"], rtol=1e-6)
+    np.testing.assert_allclose(centroids, read(tmp_path / "alone", "centroids"), atol=1e-6)
+    assert told["num_kept"] == 60 and told["num_rows"] == 150 and told["asked"] != alone["asked"]
+    with pytest.raises(ValueError, match="number of rows that stay, 60; got 61"):
+        cluster_command(cache, tmp_path / "many", k=61, keep=tmp_path / "kept")
+    with pytest.raises(ValueError, match="is another result or of others; run 'kdengine balance'"):
+        cluster_command(own, tmp_path / "x", k=3, keep=tmp_path / "kept")
+
+
+def test_every_cluster_has_a_row_that_stays(write_array: Any, tmp_path: Path) -> None:
+    # what stays is alike, so that halves of its clusters attract what does not
+    path = write_array(torch.cat([clustered(1, 1, 8).repeat(40, 1), clustered(60, 6, 8, 2.0)]))
+    balance_command(path, tmp_path / "kept", Wanted(rule="random"))
+    keep = np.arange(100) < 43
+    np.save(tmp_path / "kept" / "keep.npy", keep)
+    cluster_command(path, tmp_path / "out", k=12, keep=tmp_path / "kept")
+    told, labels, centroids, sizes, nearest, *_ = outcome(tmp_path / "out")
+    assert set(labels[keep]) == set(range(told["k"])) and len(centroids) == told["k"] < 12
+    assert np.array_equal(sizes, np.bincount(labels)) and np.array_equal(nearest[:, 0], labels)
 
 
 def on_ranks(rank: int, world_size: int, path: str, out: str) -> None:

@@ -146,3 +146,57 @@ def records() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported teacher: twice the student's width and size, another context length."""
+    from kdengine.models import build_student, export_student
+
+    config = json.loads(tiny.read_text())
+    config["embed_dim"], config["vision_cfg"]["image_size"] = 64, 48
+    config["text_cfg"]["context_length"] = 24
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "config.json").write_text(json.dumps(config))
+    student = build_student(str(folder / "config.json"), seed=3)
+    export_student(student.tower.clip.state_dict(), student.spec, folder / "export")
+    return folder / "export"
+
+
+@pytest.fixture(scope="session")
+def command(teacher: Path, shards: str) -> Callable[..., list[str]]:
+    """``command(out, *more)``: words of 'kdengine cache' over the tiny shards."""
+
+    def build(out: Path, *more: str) -> list[str]:
+        words = [str(out), "--data.train-data", shards, "--data.workers", "1", *more]
+        return [*words, "--distill.distill-model", f"local-dir:{teacher}"]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run(words)``: the interpreter of the tests on a CPU, with both source roots on its path."""
+    paths = os.pathsep.join([str(repository), str(repository / "kernels")])
+    env = {**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def start(words: list[str]) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *words]
+        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def caches(command: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A cache of two views in each storage; not to be changed."""
+    root = tmp_path_factory.mktemp("caches")
+    found = {storage: root / storage for storage in ("fp32", "bf16", "int8")}
+    sizes = ["--views", "2", "--batch-size", "20"]
+    lines = [command(out, *sizes, "--storage", name) for name, out in found.items()]
+    several = "import json, sys; from kdengine.precompute import command; "
+    several += "print([command(words) for words in json.loads(sys.argv[1])])"
+    done = run(["-c", several, json.dumps(lines)])
+    assert done.returncode == 0 and "[0, 0, 0]" in done.stdout, done.stdout + done.stderr
+    assert "2 of 96 samples" in done.stdout and "int8, error mean" in done.stdout, done.stdout
+    return found

@@ -5,10 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,61 +26,11 @@ CPU = torch.device("cpu")
 # relative difference of a step's loss against a live teacher, for 20 steps
 LIMITS = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
 
-
-@pytest.fixture(scope="session")
-def teacher(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported teacher: twice the student's width and size, another context length."""
-    config = json.loads(tiny.read_text())
-    config["embed_dim"], config["vision_cfg"]["image_size"] = 64, 48
-    config["text_cfg"]["context_length"] = 24
-    folder = tmp_path_factory.mktemp("teacher")
-    (folder / "config.json").write_text(json.dumps(config))
-    student = build_student(str(folder / "config.json"), seed=3)
-    export_student(student.tower.clip.state_dict(), student.spec, folder / "export")
-    return folder / "export"
-
-
 # runs 'kdengine cache' on each list of words in one process
 SEVERAL = "import json, sys; from kdengine.precompute import command; " + (
     "print([command(words) for words in json.loads(sys.argv[1])])"
 )
 SIZES = ["--views", "2", "--batch-size", "20"]
-
-
-@pytest.fixture(scope="session")
-def command(teacher: Path, shards: str) -> Callable[..., list[str]]:
-    """``command(out, *more)``: words of 'kdengine cache' over the tiny shards."""
-
-    def build(out: Path, *more: str) -> list[str]:
-        words = [str(out), "--data.train-data", shards, "--data.workers", "1", *more]
-        return [*words, "--distill.distill-model", f"local-dir:{teacher}"]
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def run(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run(words)``: the interpreter of the tests on a CPU, with both source roots on its path."""
-    paths = os.pathsep.join([str(repository), str(repository / "kernels")])
-    env = {**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-
-    def start(words: list[str]) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, *words]
-        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def caches(command: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A cache of two views in each storage; not to be changed."""
-    root = tmp_path_factory.mktemp("caches")
-    found = {storage: root / storage for storage in LIMITS}
-    lines = [command(out, *SIZES, "--storage", name) for name, out in found.items()]
-    done = run(["-c", SEVERAL, json.dumps(lines)])
-    assert done.returncode == 0 and "[0, 0, 0]" in done.stdout, done.stdout + done.stderr
-    assert "2 of 96 samples" in done.stdout and "int8, error mean" in done.stdout, done.stdout
-    return found
 
 
 def test_losses_are_those_of_the_live_teacher(
