@@ -74,16 +74,16 @@ class ClipCID:
     cluster_kl: float = 1.0
     """KL to the teacher's softmax over clusters."""
     prototypes: Literal["own", "teacher"] = "own"
-    """'own': centres in the student's width are learned. 'teacher': the teacher's centroids stay,
-    and a linear head brings the student's images to their width."""
+    """'own': centres in the student's width are learned. 'teacher': the teacher's centroids
+    stay, and a linear head brings the student's images to their width."""
     targets: Literal["stored", "teacher"] = "stored"
     """Of cluster_kl. 'stored': what 'kdengine cluster --top' wrote for each image, all other
     clusters as one. 'teacher': all clusters, from the teacher's embedding of each crop."""
     teacher_scale: float = 100.0
     """Multiplier of the teacher's cosines with targets 'teacher'; stored ones have theirs."""
     temperature: float = 1.0
-    """Divides the student's and the teacher's logits in cluster_kl, but not stored ones, which are
-    made at --scale / temperature; the KL is multiplied by its square."""
+    """Divides the student's and the teacher's logits in cluster_kl, but not stored ones,
+    which are made at --scale / temperature; the KL is multiplied by its square."""
     scale: float = 0.0
     """Multiplier of the student's cosines with the clusters; with 0 it is learned from 1 / 0.07."""
     margin: float = 0.0

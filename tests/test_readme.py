@@ -55,7 +55,7 @@ def test_every_named_recipe_command_and_option_exists(repository: Path) -> None:
     assert recipes and recipes <= set(recipe_names())
     commands = set(re.findall(r"kdengine (\w+)", " ".join(re.findall(r"`(kdengine \w+)", text))))
     assert commands and commands <= set(COMMANDS)
-    options = {o for o in re.findall(r"(--[a-z]+\.[a-z-]+)", text) if o != "--section.key"}
+    options = {o for o in re.findall(r"(--[a-z]+(?:\.[a-z-]+)+)", text) if o != "--section.key"}
     assert options and options <= set(option_types())
 
 
