@@ -164,14 +164,11 @@ def run_both(rank: int, world_size: int, batch_size: int, alone: bool = False) -
     model, tokenizer = small_model(), load_tokenizer("simple:16")
     labels = torch.arange(37) % 7
 
-    def loader():
-        return fake_loader(37, batch_size, rank, world_size)
-
-    found = evaluate.evaluate_retrieval(
-        model, loader(), captions(37), tokenizer, batch_size=8, group=group
-    )
+    image = embed_images(model, fake_loader(37, batch_size, rank, world_size), 37, group=group)
+    shared = {"batch_size": 8, "group": group}
+    found = evaluate.evaluate_retrieval(model, image, captions(37), tokenizer, **shared)
     return found | evaluate.evaluate_zeroshot(
-        model, loader(), labels, NAMES, TEMPLATES, tokenizer, batch_size=8, group=group
+        model, image, labels, NAMES, TEMPLATES, tokenizer, **shared
     )
 
 
@@ -263,13 +260,15 @@ def test_embedding_texts_makes_no_graph():
 def test_labels_that_are_no_class_are_refused(labels, match):
     with pytest.raises(ValueError, match=match):
         evaluate.evaluate_zeroshot(
-            small_model(), [], labels, NAMES, TEMPLATES, load_tokenizer("simple:16")
+            small_model(), torch.ones(3, 32), labels, NAMES, TEMPLATES, load_tokenizer("simple:16")
         )
 
 
 def test_sample_without_caption_is_refused():
     with pytest.raises(ValueError, match="^captions: .*1 of 2 have none, the first is sample 1"):
-        evaluate.evaluate_retrieval(small_model(), [], [["a"], []], load_tokenizer("simple:16"))
+        evaluate.evaluate_retrieval(
+            small_model(), torch.ones(2, 32), [["a"], []], load_tokenizer("simple:16")
+        )
 
 
 def test_braces_in_class_names_mean_nothing():

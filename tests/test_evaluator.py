@@ -18,7 +18,7 @@ from open_clip_train.train import get_clip_metrics
 from open_clip_train.zero_shot import accuracy
 
 from kdengine import evaluate, models
-from kdengine.evaluate import EvalSet, command, embed, evaluator
+from kdengine.evaluate import EvalSet, command, embed, opening
 from kdengine.evaluate.command import evaluate_command
 
 
@@ -64,7 +64,7 @@ class FakeLoader:
 
 @pytest.fixture
 def two_sets(prompts, monkeypatch) -> list[EvalSet]:
-    monkeypatch.setattr(evaluator, "ensure_index", lambda *_, **__: FakeIndex())
+    monkeypatch.setattr(opening, "ensure_index", lambda *_, **__: FakeIndex())
     monkeypatch.setattr(embed, "build_loader", FakeLoader)
     FakeLoader.closed = 0
     return evaluate.parse_eval_sets(["pairs=x.tar"], [f"c10={prompts}/cifar-zeroshot.tar"])
@@ -161,7 +161,7 @@ def open_slowly(rank: int, world_size: int) -> int:
         time.sleep(5 * (rank == 0))
         return FakeIndex()
 
-    evaluator.ensure_index = ensure_index
+    opening.ensure_index = ensure_index
     sets = [EvalSet(name="x", shards="x.tar", kind="retrieval")]
     evaluate.Evaluator(spec, sets, group=group)
     return len(calls)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
 
 from kdengine.evaluate import probe
 from kdengine.evaluate.probe import GRID, choose_strength, held_out, linear_probe, probe_labels
@@ -42,6 +43,21 @@ def test_the_solution_is_scikit_learns() -> None:
     by_class = [hits[truth == name].mean() for name in range(4)]
     assert found["probe-mean-per-class-recall"] == pytest.approx(np.mean(by_class))
     assert found["probe-mean-per-class-recall"] != pytest.approx(found["probe-top1"], abs=1e-3)
+
+
+def test_of_more_than_five_classes_the_five_likeliest_count() -> None:
+    random = np.random.default_rng(0)
+    label, truth = np.arange(160) % 8, random.integers(0, 8, 120)
+    centre = random.normal(size=(8, 16))
+    x, y = (
+        F.normalize(torch.from_numpy(centre[own] + 3.0 * random.normal(size=(len(own), 16))))
+        for own in (label, truth)
+    )
+    found = linear_probe(x, label, y, truth)
+    direct = LogisticRegression(C=found["probe-C"], tol=1e-6, max_iter=1000).fit(x.numpy(), label)
+    logits = direct.decision_function(y.numpy())
+    assert found["probe-top5"] == pytest.approx(top_k_accuracy_score(truth, logits, k=5))
+    assert found["probe-top1"] < found["probe-top5"] < 1.0
 
 
 def test_the_solution_minimises_the_stated_objective() -> None:
@@ -100,7 +116,7 @@ def test_two_classes_are_told_apart() -> None:
         (x[label < 2], label[label < 2]) for x, label in (clusters(300, 0.1), clusters(99, 0.1))
     ]
     found = linear_probe(*parts[0], *parts[1])
-    assert found["probe-top1"] == 1.0 and found["probe-classes"] == 2
+    assert found["probe-top1"] == found["probe-top5"] == 1.0 and found["probe-classes"] == 2
 
 
 def test_a_fifth_of_every_class_is_held_out() -> None:

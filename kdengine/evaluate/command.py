@@ -18,6 +18,9 @@ from kdengine.log import metrics_table
 from kdengine.models import Student, load_model
 from kdengine.ranks import on_gpu
 
+NO_TAG = "none"
+"""CLIP_benchmark's word for a model that needs no tag."""
+
 
 def evaluate_command(
     model: str,
@@ -67,18 +70,23 @@ def evaluate_command(
     metrics = evaluator.run(tower.to(device))
     assert metrics is not None
     table = metrics_table(metrics, title or model)
-    left_out.add_rows(table, evaluator)
+    opened = list(left_out.parts_of(evaluator.sets, evaluator.indexes))
+    left_out.add_rows(table, opened)
     parts: list[RenderableType] = [table]
     if others:
         alike = likeness_of_sets(Student(tower, spec), list(others.values()), sets, **options)
         widths = {name: other.spec.embed_dim for name, other in others.items()}
         parts.append(likeness_table(alike, sets, spec.embed_dim, widths))
         metrics |= alike
-    # whole paths, to be copied
-    parts += [Text(line, no_wrap=True, overflow="ignore") for line in left_out.remarks(evaluator)]
+    parts += map(whole, left_out.remarks(opened))
     if out is not None:
         Path(out).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return Group(*parts)
+
+
+def whole(line: str) -> Text:
+    """A line that is not wrapped: its paths are to be copied."""
+    return Text(line, no_wrap=True, overflow="ignore")
 
 
 def open_model(model: str) -> Student:
@@ -87,7 +95,13 @@ def open_model(model: str) -> Student:
     Raises:
         FileNotFoundError, ValueError, RuntimeError: see ``load_model``.
     """
-    name, at, pretrained = model.rpartition("@")
+    name, tag = model_words(model)
+    return load_model(name, None if tag == NO_TAG else tag)
+
+
+def model_words(model: str) -> tuple[str, str]:
+    """Architecture and tag of ``ARCHITECTURE@TAG``; of anything else itself and ``NO_TAG``."""
+    name, at, tag = model.rpartition("@")
     if not at or Path(model).is_dir() or model.startswith(LOCAL_DIR):
-        return load_model(model)
-    return load_model(name, pretrained)
+        return model, NO_TAG
+    return name, tag

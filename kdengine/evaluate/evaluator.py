@@ -4,40 +4,41 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kdengine import distributed
 from kdengine.data import Loader
-from kdengine.data.index import MAX_PIXELS, DatasetIndex, ensure_index
+from kdengine.data.index import MAX_PIXELS, DatasetIndex
 from kdengine.data.progress import Progress
-from kdengine.data.split import choose
-from kdengine.data.subset import subset
-from kdengine.data.summary import refuse_empty
 from kdengine.data.tokenize import load_tokenizer
-from kdengine.evaluate.classes import Contest, contest
 from kdengine.evaluate.embed import Abandoned, ShouldStop, embed_images, image_loader
+from kdengine.evaluate.opening import contestants, open_set, warn_of_unused_names
 from kdengine.evaluate.probe import NUM_FITS, linear_probe, probe_labels
 from kdengine.evaluate.retrieval import evaluate_retrieval
 from kdengine.evaluate.sets import EvalSet
-from kdengine.evaluate.zeroshot import check_labels, evaluate_zeroshot
+from kdengine.evaluate.zeroshot import evaluate_zeroshot
 from kdengine.models import TowerSpec, TwoTower
 from kdengine.ranks import first_then_all
 
 logger = logging.getLogger(__name__)
 
+Kept = dict[tuple[str, ...], Tensor]
+"""Image embeddings by a model, [n, D], by the shards they are of."""
+
 
 class Evaluator:
     """Opens the data sets once; then ``run`` evaluates a model on them, as often as wanted.
 
-    Every rank of ``group`` makes one and calls ``run`` together with the others.
+    Where one bad set must not cost the others, ``open`` and ``run_set`` take them one by one. Every
+    rank of ``group`` makes an evaluator and calls its methods together with the others.
 
     Args:
         spec: what the model eats.
@@ -70,6 +71,7 @@ class Evaluator:
     ) -> None:
         self.spec, self.sets = spec, list(sets)
         self.batch_size, self.num_threads = batch_size, num_threads
+        self.index_dir, self.max_pixels = index_dir, max_pixels
         self.group, self.device = group, torch.device(device)
         self.progress = progress and distributed.rank(group) == 0 and sys.stderr.isatty()
         seen = spec.preprocess
@@ -82,26 +84,24 @@ class Evaluator:
                 seen.resize_mode,
             )
         self.tokenizer = load_tokenizer(spec.tokenizer)
-        self.indexes = [
-            first_then_all(
-                partial(_open, one, index_dir, max_pixels, self.progress),
-                f"evaluation set {one.name}",
-                group,
-            )
-            for one in self.sets
-        ]
-        if distributed.rank(group) == 0:
-            for one, (index, *_) in zip(self.sets, self.indexes, strict=True):
-                if one.kind == "zeroshot" and not one.has_split:
-                    _warn_of_unused_names(one, index)
+        self.indexes = [self.open(one) for one in self.sets]
+
+    def open(self, one: EvalSet) -> tuple[DatasetIndex, ...]:
+        """The index of a set, of a probe those of both parts.
+
+        Raises:
+            ValueError, RuntimeError: as the class.
+        """
+        work = partial(open_set, one, self.index_dir, self.max_pixels, self.progress)
+        indexes = first_then_all(work, f"evaluation set {one.name}", self.group)
+        if one.kind == "zeroshot" and not one.has_split and distributed.rank(self.group) == 0:
+            warn_of_unused_names(one, indexes[0])
+        return indexes
 
     def run(
         self, model: TwoTower, *, should_stop: ShouldStop | None = None
     ) -> dict[str, float] | None:
-        """Evaluate; the model's training flag is restored afterwards.
-
-        Batch-norm statistics differ between ranks; those of rank 0 count, and are written to the
-        others.
+        """Evaluate on all sets, see ``evaluating``.
 
         Args:
             model: on ``device``, with its whole weights.
@@ -113,66 +113,115 @@ class Evaluator:
         Raises:
             RuntimeError: an embedding is not finite; on every rank alike.
         """
+        metrics: dict[str, float] = {}
+        try:
+            with self.evaluating(model):
+                for one, indexes in zip(self.sets, self.indexes, strict=True):
+                    found = self.run_set(model, one, indexes, should_stop=should_stop)
+                    metrics |= {f"{one.name}/{name}": value for name, value in found.items()}
+        except Abandoned:
+            return None
+        return metrics
+
+    @contextlib.contextmanager
+    def evaluating(self, model: TwoTower) -> Iterator[None]:
+        """Put a model into evaluation mode; its training flag is restored afterwards.
+
+        Batch-norm statistics differ between ranks; those of rank 0 count, and are written to the
+        others.
+        """
         training = model.training
         model.eval()
         try:
             _share_buffers(model, self.group)
-            metrics: dict[str, float] = {}
-            for one, indexes in zip(self.sets, self.indexes, strict=True):
-                with one.named_in_errors():
-                    found = self._run_one(model, one, indexes, should_stop)
-                metrics |= {f"{one.name}/{name}": value for name, value in found.items()}
-            return metrics
-        except Abandoned:
-            return None
+            yield
         finally:
             model.train(training)
 
-    def _run_one(
+    def run_set(
         self,
         model: TwoTower,
         one: EvalSet,
         indexes: tuple[DatasetIndex, ...],
+        *,
+        kept: Kept | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> dict[str, float]:
+        """Evaluate on one set, inside ``evaluating``.
+
+        Args:
+            model: on ``device``, with its whole weights.
+            one: the set.
+            indexes: what ``open`` made of it.
+            kept: embeddings by this model that another zero-shot or probe set has left here, so
+                that images of both are embedded once; those of this one are added.
+            should_stop: see ``run``.
+
+        Returns:
+            ``{metric: value}``, the same on every rank.
+
+        Raises:
+            ValueError, RuntimeError: see ``linear_probe`` and ``embed_images``; they name the set.
+            Abandoned: see ``should_stop``.
+        """
+        # the good images of a retrieval set are others, a split file lists some of them
+        if kept is None or one.kind == "retrieval" or one.has_split:
+            kept = {}
+        with one.named_in_errors(), Progress(self.progress) as bars:
+            return self._run_set(model, one, indexes, kept, bars, should_stop)
+
+    def _run_set(
+        self,
+        model: TwoTower,
+        one: EvalSet,
+        indexes: tuple[DatasetIndex, ...],
+        kept: Kept,
+        bars: Progress,
         should_stop: ShouldStop | None,
     ) -> dict[str, float]:
-        index, world = indexes[0], distributed.world_size(self.group)
-        contestants, templates = Contest([], np.empty(0, np.int64)), one.read_templates()
+        index, world, templates = indexes[0], distributed.world_size(self.group), []
         texts: list[list[str]] = []
+        names: list[str] = []
         if one.kind == "zeroshot":
-            contestants = _contest(one, index)
+            (names, labels), templates = contestants(one, index), one.read_templates()
         if one.kind == "retrieval":
             texts = index.texts(np.arange(index.num_samples))
-        num_texts = len(contestants.names) * len(templates) + sum(map(len, texts))
-        counts = [*(part.num_samples for part in indexes), num_texts]
-        with contextlib.ExitStack() as stack:
-            bars = stack.enter_context(Progress(self.progress))
-            loaders = [self._loader(part) for part in indexes]
-            for loader in loaders:
-                stack.callback(loader.close)
-            # every rank makes as many batches as the fullest
-            num_batches = sum(-(-count // (self.batch_size * world)) for count in counts)
-            advance = bars.begin(f"evaluate {one.name}", "batches", num_batches)
-            shared: dict[str, Any] = {
-                "group": self.group,
-                "device": self.device,
-                "should_stop": _after_batch(advance, should_stop),
-            }
-            if one.kind == "probe":
-                train_label, test_label = probe_labels(*indexes)
-                train, test = (
-                    embed_images(model, loader, part.num_samples, **shared)
-                    for loader, part in zip(loaders, indexes, strict=True)
-                )
-                advance = bars.begin(f"fit {one.name}", "fits", NUM_FITS)
-                return linear_probe(train, train_label, test, test_label, advance=advance)
-            shared["batch_size"] = self.batch_size
-            if one.kind == "retrieval":
-                return evaluate_retrieval(model, loaders[0], texts, self.tokenizer, **shared)
-            names, labels = contestants
-            shared["halves"] = one.has_split
-            return evaluate_zeroshot(
-                model, loaders[0], labels, names, templates, self.tokenizer, **shared
-            )
+        counts = [part.num_samples for part in indexes if _shards(part) not in kept]
+        counts.append(len(names) * len(templates) + sum(map(len, texts)))
+        # every rank makes as many batches as the fullest
+        num_batches = sum(-(-count // (self.batch_size * world)) for count in counts)
+        advance = bars.begin(f"evaluate {one.name}", "batches", num_batches)
+        shared: dict[str, Any] = {
+            "group": self.group,
+            "device": self.device,
+            "should_stop": _after_batch(advance, should_stop),
+        }
+        images = [self._embed(model, part, kept, **shared) for part in indexes]
+        if one.kind == "probe":
+            train_label, test_label = probe_labels(*indexes)
+            advance = bars.begin(f"fit {one.name}", "fits", NUM_FITS)
+            return linear_probe(images[0], train_label, images[1], test_label, advance=advance)
+        shared |= {"batch_size": self.batch_size}
+        if one.kind == "retrieval":
+            return evaluate_retrieval(model, images[0], texts, self.tokenizer, **shared)
+        return evaluate_zeroshot(
+            model,
+            images[0],
+            labels,
+            names,
+            templates,
+            self.tokenizer,
+            halves=one.has_split,
+            **shared,
+        )
+
+    def _embed(self, model: TwoTower, index: DatasetIndex, kept: Kept, **options: Any) -> Tensor:
+        """The embeddings of the images of an index, kept or new."""
+        shards = _shards(index)
+        if shards not in kept:
+            with contextlib.closing(self._loader(index)) as loader:
+                kept[shards] = embed_images(model, loader, index.num_samples, **options)
+        return kept[shards]
 
     def _loader(self, index: DatasetIndex) -> Loader:
         return image_loader(
@@ -209,72 +258,8 @@ def _after_batch(advance: Callable[[int, int], None], should_stop: ShouldStop | 
     return ask
 
 
-def _open(
-    one: EvalSet, index_dir: str | None, max_pixels: int, progress: bool
-) -> tuple[DatasetIndex, ...]:
-    """The index of the set, of a probe those of both parts."""
-    with one.named_in_errors():
-        indexes = tuple(
-            ensure_index(
-                part,
-                index_dir=index_dir,
-                max_pixels=max_pixels,
-                require="caption" if one.kind == "retrieval" else "label",
-                progress=progress,
-            )
-            for part in one.parts()
-        )
-        for index in indexes:
-            refuse_empty(index, who="")
-            tars = [shard.tar for shard in index.shards]
-            if twice := {tar for tar in tars if tars.count(tar) > 1}:
-                raise ValueError(f"every sample counts once; listed twice: {sorted(twice)}")
-        if one.has_split:
-            indexes = (_listed(one, indexes[0]),)
-        if one.kind == "zeroshot":
-            names, labels = _contest(one, indexes[0])
-            check_labels(torch.as_tensor(labels), len(names))
-        if one.kind == "probe":
-            probe_labels(*indexes)
-        return indexes
-
-
-def _listed(one: EvalSet, index: DatasetIndex) -> DatasetIndex:
-    """The samples of a list of the split file, with its classes."""
-    split = one.read_split()
-    chosen = choose(index, split.parts[one.part], str(one.classnames))
-    if chosen.lacking:
-        logger.warning(
-            "evaluation set %s: %d listed images are not in the data, or quarantined; the first is "
-            "%s",
-            one.name,
-            len(chosen.lacking),
-            chosen.lacking[0],
-        )
-    return subset(index, chosen.numbers, chosen.labels, split.classes)
-
-
-def _contest(one: EvalSet, index: DatasetIndex) -> Contest:
-    if one.has_split:
-        return Contest(one.read_classnames(), index.labels())
-    return contest(index, one.read_classnames(), str(one.classnames))
-
-
-def _warn_of_unused_names(one: EvalSet, index: DatasetIndex) -> None:
-    """A list of another data set's names is likely where most names have no image."""
-    if index.classes is not None and not all(name.isdecimal() for name in index.classes):
-        # names and WordNet ids fit their own list only
-        return
-    num_names, num_used = len(one.read_classnames()), len(np.unique(index.labels()))
-    # few images cannot have many classes
-    if 2 * num_used < min(num_names, index.num_samples):
-        logger.warning(
-            "evaluation set %s: its labels are only %d of %d class names; do the names belong to "
-            "these images?",
-            one.name,
-            num_used,
-            num_names,
-        )
+def _shards(index: DatasetIndex) -> tuple[str, ...]:
+    return tuple(shard.tar for shard in index.shards)
 
 
 def _share_buffers(model: nn.Module, group: ProcessGroup | None) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of the sets was not evaluated, in words for people: a score is of the good images only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
@@ -9,26 +10,46 @@ from rich.table import Table
 from kdengine.data.index import DatasetIndex
 from kdengine.data.progress import counted
 from kdengine.data.shards import folders_told
-from kdengine.evaluate.evaluator import Evaluator
+from kdengine.evaluate.sets import EvalSet
 
 # names of class folders in a line
 MAX_NAMES = 10
 
 
-def add_rows(table: Table, evaluator: Evaluator) -> None:
-    """A row for each part of a set: how many of its images were quarantined."""
+@dataclass(frozen=True)
+class Part:
+    """What of a data set is one list of shards."""
+
+    name: str
+    suffix: str
+    shards: str
+    index: DatasetIndex
+
+
+def parts_of(
+    sets: Sequence[EvalSet], indexes: Sequence[tuple[DatasetIndex, ...]]
+) -> Iterator[Part]:
+    """The parts of sets; of a probe they are named ``, TRAIN`` and ``, TEST``."""
+    for one, own in zip(sets, indexes, strict=True):
+        suffixes = (", TRAIN", ", TEST") if len(own) > 1 else ("",)
+        for suffix, shards, index in zip(suffixes, one.parts(), own, strict=True):
+            yield Part(one.name, suffix, shards, index)
+
+
+def add_rows(table: Table, parts: Iterable[Part]) -> None:
+    """A row for each part: how many of its images were quarantined."""
     table.add_section()
-    for name, part, _, index in _parts(evaluator):
-        bad, good = index.num_quarantined, index.num_samples
-        table.add_row(name, f"quarantined{part}", f"{bad:,} of {bad + good:,}")
+    for part in parts:
+        bad, good = part.index.num_quarantined, part.index.num_samples
+        table.add_row(part.name, f"quarantined{part.suffix}", f"{bad:,} of {bad + good:,}")
 
 
-def remarks(evaluator: Evaluator) -> list[str]:
+def remarks(parts: Iterable[Part]) -> list[str]:
     """What was taken of folders, what could not be read, and which classes have no image."""
     lines = []
-    for name, part, spec, index in _parts(evaluator):
-        who = name + part
-        lines += [f"{who}: {told}" for told in folders_told(spec)]
+    for part in parts:
+        who, index = part.name + part.suffix, part.index
+        lines += [f"{who}: {told}" for told in folders_told(part.shards)]
         archives = index.summary()["archives"]
         # the samples of such a shard are counted one by one
         archives.pop("archive-no-good-sample", None)
@@ -43,14 +64,6 @@ def remarks(evaluator: Evaluator) -> list[str]:
             told = f"{len(empty):,} of {len(index.classes or ()):,} class folders"
             lines.append(f"{who}: no good image in {told}: {listed}")
     return lines
-
-
-def _parts(evaluator: Evaluator) -> Iterator[tuple[str, str, str, DatasetIndex]]:
-    """Name of the set, of its part if it has several, specification of the shards, and index."""
-    for one, indexes in zip(evaluator.sets, evaluator.indexes, strict=True):
-        parts = (", TRAIN", ", TEST") if len(indexes) > 1 else ("",)
-        for part, spec, index in zip(parts, one.parts(), indexes, strict=True):
-            yield one.name, part, spec, index
 
 
 def _without_image(index: DatasetIndex) -> list[str]:

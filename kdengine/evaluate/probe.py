@@ -98,10 +98,11 @@ def linear_probe(
     among the training labels. ``advance`` is called with (1, 1) after each of ``NUM_FITS`` fits.
 
     Returns:
-        ``probe-top1``, ``probe-mean-per-class-recall`` (over the classes that have a test image),
-        both fractions; ``probe-classes`` and the chosen ``probe-C``.
+        ``probe-top1``, ``probe-top5`` (1 for five classes or fewer) and
+        ``probe-mean-per-class-recall`` (over the classes that have a test image), all fractions;
+        ``probe-classes`` and the chosen ``probe-C``.
 
-    Memory: O((n + m) * D + n * C), float64.
+    Memory: O((n + m) * (D + C)), float64.
 
     Raises:
         ValueError: no class has the two training images that the choice of C needs.
@@ -111,11 +112,13 @@ def linear_probe(
     fitted = _solver(strength)
     _fit(fitted, x, label, f"C = {strength:g}")
     advance(1, 1)
-    correct = fitted.predict(test.cpu().double().numpy()) == test_label
+    place = _places(fitted, test.cpu().double().numpy(), test_label)
+    correct = place < 1
     total = np.bincount(test_label, minlength=label.max() + 1)
     hits = np.bincount(test_label, weights=correct, minlength=len(total))
     return {
         "probe-top1": float(correct.mean()),
+        "probe-top5": float((place < 5).mean()),
         "probe-mean-per-class-recall": float((hits[total > 0] / total[total > 0]).mean()),
         "probe-classes": float(len(total)),
         "probe-C": strength,
@@ -169,6 +172,17 @@ def held_out(label: np.ndarray) -> np.ndarray:
             f"each of the {len(label)} classes has one"
         )
     return held
+
+
+def _places(fitted: Any, x: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """How many classes a classifier puts before the true one, [m]; of equals the smaller."""
+    logits = fitted.decision_function(x)
+    if logits.ndim == 1:
+        # of two classes: the difference
+        logits = np.stack([-logits, logits], axis=1)
+    own = np.take_along_axis(logits, label[:, None], axis=1)
+    before = np.arange(logits.shape[1]) < label[:, None]
+    return ((logits > own) | ((logits == own) & before)).sum(axis=1)
 
 
 def _solver(strength: float, **options: Any) -> Any:

@@ -12,7 +12,7 @@ def read_classnames(path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is empty or a line is blank.
+        ValueError: the file is empty or no UTF-8, or a line is blank.
     """
     if path == IMAGENET:
         from kdengine.models.prompts import imagenet_classnames
@@ -35,7 +35,7 @@ def read_templates(path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: there is none, or a line lacks the place of the name.
+        ValueError: there is none, a line lacks the place of the name, or the file is no UTF-8.
     """
     if path == IMAGENET:
         from kdengine.models.prompts import imagenet_templates
@@ -64,6 +64,8 @@ def _lines(path: str, what: str) -> list[str]:
             f"{what}: cannot read {path} ({error.strerror}); give the path of a text file, or the "
             f"word {IMAGENET}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path}: expected UTF-8, got {error}; convert the file") from None
 
 
 def _place(template: str, source: str) -> str:

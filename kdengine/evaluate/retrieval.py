@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact retrieval metrics without the whole similarity matrix."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdengine import distributed
-from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_images, embed_texts
+from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_texts
 from kdengine.models import TwoTower
 
 RECALLS = (1, 5, 10)
@@ -119,7 +119,7 @@ def retrieval_metrics(
 
 def evaluate_retrieval(
     model: TwoTower,
-    loader: Iterable[Mapping[str, Tensor]],
+    image: Tensor,
     texts: Sequence[Sequence[str]],
     tokenizer: Tokenizer,
     *,
@@ -132,8 +132,8 @@ def evaluate_retrieval(
 
     Args:
         model: in evaluation mode.
-        loader: see ``embed_images``.
-        texts: the captions of each sample, in the order of sample numbers, the first one first.
+        image: embedding of each sample [n, D], from ``embed_images``.
+        texts: the captions of each sample, the first one first.
         tokenizer: list of n texts -> token ids [n, context].
         batch_size: captions in a forward pass.
         group: the ranks that share the work; None for one process.
@@ -145,7 +145,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: a sample has no caption.
-        RuntimeError: samples are missing or doubled, or embeddings are not finite.
+        RuntimeError: an embedding is not finite.
     """
     empty = [number for number, captions in enumerate(texts) if not captions]
     if empty or not texts:
@@ -156,7 +156,13 @@ def evaluate_retrieval(
     flat = [caption for captions in texts for caption in captions]
     counts = torch.tensor([len(captions) for captions in texts])
     owner = torch.repeat_interleave(torch.arange(len(texts)), counts).to(device)
-    shared = {"group": group, "device": device, "should_stop": should_stop}
-    image = embed_images(model, loader, len(texts), **shared)  # type: ignore[arg-type]
-    text = embed_texts(model, flat, tokenizer, batch_size=batch_size, **shared)  # type: ignore[arg-type]
+    text = embed_texts(
+        model,
+        flat,
+        tokenizer,
+        batch_size=batch_size,
+        group=group,
+        device=device,
+        should_stop=should_stop,
+    )
     return retrieval_metrics(image, text, owner, group=group)

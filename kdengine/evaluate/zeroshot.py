@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zero-shot classification: class names and prompt templates against images."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdengine.data.split import half
-from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_images, embed_texts
+from kdengine.evaluate.embed import ShouldStop, Tokenizer, embed_texts
 from kdengine.evaluate.prompts import fill
 from kdengine.evaluate.protocols import BASE, HARMONIC, NOVEL, harmonic_mean
 from kdengine.evaluate.retrieval import first_positive
@@ -91,7 +91,7 @@ def half_metrics(
 
 def evaluate_zeroshot(
     model: TwoTower,
-    loader: Iterable[Mapping[str, Tensor]],
+    image: Tensor,
     labels: Any,
     classnames: Sequence[str],
     templates: Sequence[str],
@@ -107,8 +107,8 @@ def evaluate_zeroshot(
 
     Args:
         model: in evaluation mode.
-        loader: see ``embed_images``.
-        labels: class of each sample [n], in the order of sample numbers.
+        image: embedding of each sample [n, D], from ``embed_images``.
+        labels: class of each sample [n].
         classnames: name of each class.
         templates: prompts with ``{}`` or ``{c}``.
         tokenizer: list of n texts -> token ids [n, context].
@@ -123,15 +123,20 @@ def evaluate_zeroshot(
 
     Raises:
         ValueError: a label is not the number of a class.
-        RuntimeError: samples are missing or doubled, or embeddings are not finite.
+        RuntimeError: an embedding is not finite.
     """
     label = torch.as_tensor(labels).to(torch.int64)
     check_labels(label, len(classnames))
-    shared = {"group": group, "device": device, "should_stop": should_stop}
     classes = class_embeddings(
-        model, classnames, templates, tokenizer, batch_size=batch_size, **shared
+        model,
+        classnames,
+        templates,
+        tokenizer,
+        batch_size=batch_size,
+        group=group,
+        device=device,
+        should_stop=should_stop,
     )
-    image = embed_images(model, loader, len(label), **shared)  # type: ignore[arg-type]
     metrics = zeroshot_metrics(image, classes, label, group=group)
     return metrics | (half_metrics(image, classes, label, group=group) if halves else {})
 
