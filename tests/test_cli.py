@@ -98,6 +98,7 @@ def test_a_wrong_call_ends_with_its_mend_and_code_2(
         ["eval", "--bad-option"],
         ["eval", "/nowhere"],
         ["eval", "ViT-T-16"],
+        ["eval", "ViT-T-16", "--folder", "/nowhere"],
         ["index"],
         ["index", "/nowhere.tar"],
         ["pack", "/nowhere.csv", "/nowhere"],

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdengine.evaluate.command import evaluate_command
     from kdengine.evaluate.evaluator import Evaluator, run_evaluation
+    from kdengine.evaluate.layout import LocalSet, find_sets
     from kdengine.evaluate.retrieval import evaluate_retrieval
     from kdengine.evaluate.sets import EvalSet, parse_eval_sets
+    from kdengine.evaluate.suite import evaluate_suite
     from kdengine.evaluate.zeroshot import evaluate_zeroshot
 
 __all__ = [
     "EvalSet",
     "Evaluator",
+    "LocalSet",
     "evaluate_command",
     "evaluate_retrieval",
+    "evaluate_suite",
     "evaluate_zeroshot",
+    "find_sets",
     "parse_eval_sets",
     "run_evaluation",
 ]
@@ -27,9 +32,12 @@ __all__ = [
 _HOMES = {
     "EvalSet": "sets",
     "Evaluator": "evaluator",
+    "LocalSet": "layout",
     "evaluate_command": "command",
     "evaluate_retrieval": "retrieval",
+    "evaluate_suite": "suite",
     "evaluate_zeroshot": "zeroshot",
+    "find_sets": "layout",
     "parse_eval_sets": "sets",
     "run_evaluation": "evaluator",
 }

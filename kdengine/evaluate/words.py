@@ -56,7 +56,7 @@ def read_sets(*words: Sequence[str]) -> list[EvalSet]:
     sets = parse_eval_sets(*words)
     if not sets:
         raise ValueError(
-            "eval: expected at least one set; give --retrieval NAME=SHARDS, --zeroshot NAME=SHARDS "
-            "or --probe 'NAME=TRAIN;TEST'"
+            "eval: expected at least one set; give --retrieval NAME=SHARDS, --zeroshot "
+            "NAME=SHARDS, --probe 'NAME=TRAIN;TEST' or --folder ROOT"
         )
     return sets
