@@ -117,6 +117,18 @@ def test_low_precision_stays_near(case: str) -> None:
         near(x, true_x, 3e-5)
 
 
+def test_autocast_rounds_no_logit() -> None:
+    given = {k: x.float() if x.is_floating_point() else x for k, x in problem().items()}
+    student = [x.detach().float().requires_grad_() for x in leaves(given)]
+    plain = ours("sparse", given, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ours("sparse", given, student)
+    for x, y in zip(cast, plain, strict=True):
+        assert torch.equal(x, y)
+    pairs = zip(gradients(cast, student), gradients(plain, student), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
 @pytest.mark.parametrize("case", ["sparse", "positives"])
 def test_gradcheck(case: str) -> None:
     given = problem()

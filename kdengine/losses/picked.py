@@ -45,9 +45,10 @@ class _Picked(torch.autograd.Function):
         ctx.save_for_backward(query, key, columns)
         ctx.first = first
         found = query.new_empty(columns.shape, dtype=_dtype(query, key))
-        for rows, places, here in _parts(query, key, columns, first):
-            cosines = torch.einsum("id,ijd->ij", query[rows].to(found), key[places].to(found))
-            found[rows] = cosines.masked_fill_(~here, 0)
+        with torch.autocast(query.device.type, enabled=False):
+            for rows, places, here in _parts(query, key, columns, first):
+                cosines = torch.einsum("id,ijd->ij", query[rows].to(found), key[places].to(found))
+                found[rows] = cosines.masked_fill_(~here, 0)
         return found
 
     @staticmethod
