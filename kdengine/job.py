@@ -197,7 +197,7 @@ def build(
         if state.step >= total:
             log.warn(f"nothing left to train: the run ends at step {total}")
     elif config.run.resume:
-        log.warn(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
+        log.note(f"--run.resume latest: {folder} has no checkpoint, so this run starts anew")
     for note in notes + (checkpoint.clean(folder, state.step) if me.first else []):
         log.warn(note)
     parts = (log, student.spec, teachers, engine, loader, evaluator)

@@ -167,6 +167,33 @@ def test_sparse_kl_is_at_most_the_whole_and_zero_of_equals() -> None:
     assert abs(same.divergence.item()) < 1e-12
 
 
+@pytest.mark.parametrize("num_positives", [1, 2])
+def test_confident_students_keep_their_digits(num_positives: int) -> None:
+    """Named columns have all but 1e-13 of each row; float32 has 1e-7 of a sum."""
+    torch.manual_seed(0)
+    pairs = F.normalize(torch.randn(40, 64), dim=1).repeat_interleave(2, 0)
+    centroids = F.normalize(pairs + 0.01 * torch.randn(80, 64), dim=1)
+    nearest = torch.arange(80).view(40, 2)
+    image = F.normalize(centroids[::2] + 0.01 * torch.randn(40, 64), dim=1)
+    given = {"nearest": nearest, "probabilities": torch.tensor([0.6, 0.399]).expand(40, 2)}
+    labels, scale = nearest[:, 0].contiguous(), torch.tensor(60.0)
+    student = [x.requires_grad_() for x in (image, centroids, scale)]
+    exact = [x.detach().double().requires_grad_() for x in student]
+    found = losses.cluster_terms(*student, labels, **given, num_positives=num_positives)
+    if num_positives == 1:
+        hard = reference.cluster_cross_entropy(*exact, labels)
+    else:
+        hard = reference_clusters.multi_positive(*exact, nearest)
+    truth = [hard, reference_clusters.sparse_cluster_kl(*exact, nearest, given["probabilities"])]
+    for x, true_x in zip(found, truth, strict=True):
+        assert abs(x.item() - true_x.item()) <= 1e-6 * max(1.0, abs(true_x.item()))
+        ours = torch.autograd.grad(x, student, retain_graph=True)
+        theirs = torch.autograd.grad(true_x, exact, retain_graph=True)
+        for g, true_g in zip(ours, theirs, strict=True):
+            # the logits themselves are rounded at 60
+            assert (g.double() - true_g).norm() <= 3e-4 * true_g.norm()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_confident_students_stay_finite(scale: float) -> None:
     """All mass on a named column, where the rest is below the digits of float32."""
@@ -195,6 +222,7 @@ REFUSED = {
     "too many positives": ({"num_positives": 9}, "num_positives=9 came with 4 columns"),
     "two targets": ({"teacher_scale": 1.0}, "probabilities or a teacher's; both came"),
     "shapes": ({"probabilities": torch.ones(2, 2)}, r"columns of nearest, \(12, 4\)"),
+    "labels": ({"nearest": torch.arange(4).expand(12, 4)}, "first column of nearest is the label"),
     "columns": ({"nearest": torch.full((12, 4), 99)}, r"nearest are numbers in 0..13"),
 }
 

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP-CID's losses of images and clusters, from one sweep: ``cluster_terms``."""
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdengine import distributed
 from kdengine.distributed import Exchange, Group
 from kdengine.losses import inputs
 from kdengine.losses.inputs import Features, Scale
 from kdengine.losses.layout import Layout, lay_out
-from kdengine.losses.picked import picked_cosines
 from kdengine.losses.rows import row_loss
-from kdengine.losses.sweep import Reduced, check_row_labels, eager_over_ranks, reduced_rows
+from kdengine.losses.sweep import check_row_labels, eager_over_ranks, reduced_rows
 from kdengine.losses.terms import hard_term, soft_terms
+from kdengine.ops import similarity_rest
 from kdengine.ops.row_terms import with_margin
 
 
@@ -58,14 +58,16 @@ def cluster_terms(
     * ``divergence``, with a teacher: ``cluster_kl``, exact, for one product more
 
     Shapes: image (B, D), centroids (K, D), labels (B,) int64, nearest (B, m) int64, different
-    numbers in a row, labels best among them, probabilities (B, m), teacher_image (B, E),
+    numbers in a row, the label first, probabilities (B, m), teacher_image (B, E),
     teacher_centroids (K, E); ``margin`` in radians. With ``keys="sharded"`` centroids are this
     rank's part, whatever its size, and all numbers are global.
     Returns: ``ClusterTerms``, 0-D, nats; float64 if a feature is, else float32.
     Gradients: image, centroids, scale; exactly through the margin. First order only.
-    Memory: as ``similarity_terms``; (N, m) numbers for the N rows of all ranks. Work: a second
-    sweep where the temperature is not 1.
-    Communication: as ``similarity_terms``; with ``nearest`` sharded see ``picked_cosines``.
+    Memory: as ``similarity_terms``; with ``nearest`` sharded (N, D) and (N, m) numbers of the N
+    rows of all ranks. Work: with ``nearest`` see ``ops.similarity_rest``, whose only backend is
+    ``torch``; a second sweep where the temperature is not 1.
+    Communication: as ``similarity_terms``; with ``nearest`` sharded an all-gather of images and
+    numbers and an all-to-all of (N, m), and the same ways back.
     Raises: as ``similarity_terms``; ValueError for options that exclude each other.
     Source: CLIP-CID (Yang et al., AAAI-25), which has a softmax loss and a KL over clusters
     (attested at second hand; their form is a reconstruction), UNICOM, MLCD, ArcFace.
@@ -121,94 +123,90 @@ def _cluster_terms(
         return ClusterTerms(loss, torch.zeros_like(loss.detach()))
     at = lay_out(who, features, keys, group, (True, nearest is not None))
     check_row_labels(who, at, labels, True)
-    dense = len(features.teacher_query) > 0
-    soft, shared = dense or probabilities is not None, temperature == 1.0
-    named = None
-    if nearest is not None:
-        _check_nearest(who, at, nearest)
-        named = _Named(nearest, picked_cosines(at, features.query, features.key, nearest))
     cooled = features._replace(
         scale=features.scale / temperature, teacher_scale=features.teacher_scale / temperature
     )
+    shared, dense = temperature == 1.0, len(features.teacher_query) > 0
     first = second = torch.zeros((), dtype=features.dtype, device=features.query.device)
-    rows = reduced_rows(at, features, labels, soft=dense and shared, backend=backend)
-    if discrimination:
-        first = _discrimination(rows, features.scale, named, margin, num_positives)
-    if soft:
+    rows = named = None
+    if nearest is not None:
+        _check_nearest(who, at, nearest, labels)
+        if discrimination or shared:
+            named = _look(at, features, nearest, backend)
+        if probabilities is not None:
+            soft = named if named and shared else _look(at, cooled, nearest, backend)
+            second = soft.divergence(probabilities)
+    if (discrimination and not named) or (dense and shared):
+        rows = reduced_rows(at, features, labels, soft=dense and shared, backend=backend)
+    if discrimination and named:
+        first = named.discrimination(features.scale, margin, num_positives)
+    elif discrimination and rows:
+        target, _ = with_margin(rows.statistics.positive, features.scale, margin)
+        shifted = rows._replace(statistics=rows.statistics._replace(positive=target))
+        first = hard_term(shifted, rows.has_positive())
+    if dense:
         if not shared:
-            rows = reduced_rows(at, cooled, labels, soft=dense, backend=backend)
-        if dense:
-            second, _ = soft_terms(rows, rows.has_positive())
-        else:
-            assert named is not None and probabilities is not None
-            second = _bucketed(rows, cooled.scale, named, probabilities)
+            rows = reduced_rows(at, cooled, labels, soft=True, backend=backend)
+        assert rows is not None
+        second, _ = soft_terms(rows, rows.has_positive())
     return ClusterTerms(first, temperature**2 * second)
 
 
 class _Named(NamedTuple):
-    """Columns of each row, (b, m), and their cosines."""
+    """Rows of which m logits (b, m) are known, the first of them its cluster's, and the rest (b,).
 
-    columns: Tensor
-    cosines: Tensor
-
-    def first(self, count: int) -> "_Named":
-        return _Named(self.columns[:, :count], self.cosines[:, :count])
-
-
-def _discrimination(
-    rows: Reduced, scale: Tensor, named: _Named | None, margin: float, num_positives: int
-) -> Tensor:
-    """The mean loss of naming one's cluster, or clusters."""
-    stats = rows.statistics
-    if num_positives == 1:
-        target, _ = with_margin(stats.positive, scale, margin)
-        rows = rows._replace(statistics=stats._replace(positive=target))
-        return hard_term(rows, rows.has_positive())
-    assert named is not None
-    positives = named.first(num_positives)
-    pull = (-scale * positives.cosines).logsumexp(1)
-    loss = -F.logsigmoid(-pull)
-    if (rest := _rest(rows, scale, positives)) is not None:
-        loss = loss - F.logsigmoid(-rest)
-    return rows.mean(loss)
-
-
-def _bucketed(rows: Reduced, scale: Tensor, named: _Named, probabilities: Tensor) -> Tensor:
-    """The mean KL over some columns and the rest as one, relative to the positives."""
-    positive = rows.statistics.positive
-    q = probabilities.detach().to(positive.dtype)
-    ratios = scale * named.cosines - positive[:, None]
-    # minus the log-probability of the positive
-    loss = -F.logsigmoid(positive - rows.statistics.others)
-    loss = loss + (torch.xlogy(q, q) - q * ratios).sum(1)
-    if (rest := _rest(rows, scale, named)) is not None:
-        tail = (1 - q.sum(1)).clamp(min=0)
-        loss = loss + torch.xlogy(tail, tail) - tail * (rest - positive)
-    return rows.mean(loss)
-
-
-def _rest(rows: Reduced, scale: Tensor, named: _Named) -> Tensor | None:
-    """Log-sum-exp of every row without the named columns; None where those are all.
-
-    The label's column, which may hold nearly all of a row, is left out by the sweep itself; the
-    others are taken off the sum, which loses digits only where they are nearly all of the rest.
+    Everything follows by adding up: nothing is taken off a sum, which would lose a small rest.
     """
-    if named.columns.shape[1] == rows.limit:
-        return None
-    stats = rows.statistics
-    is_label = named.columns == rows.labels[:, None]
-    z = scale * named.cosines
-    # not infinite: the gradient of what is left out is 0
-    taken = z.masked_fill(is_label, torch.finfo(z.dtype).min / 2).logsumexp(1)
-    whole = torch.logaddexp(stats.others, stats.positive)
-    whole = torch.where(is_label.any(1), stats.others, whole)
-    share = (taken - whole).clamp(max=-torch.finfo(z.dtype).eps)
-    return whole + _log_of_rest(share)
+
+    logits: Tensor
+    rest: Tensor
+
+    def without(self, count: int) -> Tensor:
+        """Log-sum-exp of every row without its first named columns."""
+        return torch.cat([self.rest[:, None], self.logits[:, count:]], 1).logsumexp(1)
+
+    def discrimination(self, scale: Tensor, margin: float, num_positives: int) -> Tensor:
+        """The mean loss of naming one's cluster, or clusters."""
+        if num_positives == 1:
+            target, _ = with_margin(self.logits[:, 0], scale, margin)
+            return -F.logsigmoid(target - self.without(1)).mean()
+        pull = (-self.logits[:, :num_positives]).logsumexp(1)
+        push = self.without(num_positives)
+        return -(F.logsigmoid(-pull) + F.logsigmoid(-push)).mean()
+
+    def divergence(self, probabilities: Tensor) -> Tensor:
+        """The mean KL over the named columns and the rest as one, relative to the positives."""
+        positive = self.logits[:, 0]
+        q = probabilities.detach().to(positive.dtype)
+        # minus the log-probability of the positive
+        loss = -F.logsigmoid(positive - self.without(1))
+        loss = loss + (torch.xlogy(q, q) - q * (self.logits - positive[:, None])).sum(1)
+        # where nothing is left, nothing is expected there
+        tail = torch.where(self.rest > -torch.inf, (1 - q.sum(1)).clamp(min=0), 0)
+        rest = self.rest.clamp(min=torch.finfo(self.rest.dtype).min)
+        return (loss + torch.xlogy(tail, tail) - tail * (rest - positive)).mean()
 
 
-def _log_of_rest(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` of x < 0."""
-    return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
+def _look(at: Layout, features: Features, nearest: Tensor, backend: str) -> _Named:
+    """The named logits of this rank's rows, and the rest, whoever holds their columns.
+
+    Communication, sharded: all-gather of the numbers and the images, all-to-all of the results;
+    backward the same ways back.
+    """
+    query, key, scale = features[:3]
+    if at.num_ranks == 1 or at.keys != "sharded":
+        rest, logits = similarity_rest(query, key, scale, nearest, backend=backend)
+        return _Named(logits, rest)
+    group = at.exchange.group
+    everyone = distributed.gather_rows(query, group)
+    numbers = distributed.gather_constant(nearest, group, "numbers of clusters")
+    # nothing averages a shard's gradient over ranks, so it is that of the mean already
+    shard = distributed.scale_gradient(key, 1 / at.num_ranks)
+    rest, logits = similarity_rest(everyone, shard, scale, numbers - at.first_col, backend=backend)
+    parts = torch.cat([rest[:, None], logits], 1).unflatten(0, (at.num_ranks, -1))
+    parts = distributed.all_to_all(parts, group)
+    # at most one part has a named column; the others say 0
+    return _Named(parts[:, :, 1:].sum(0), parts[:, :, 0].logsumexp(0))
 
 
 def _check(
@@ -246,7 +244,7 @@ def _check(
     inputs.check_constant(who, probabilities=probabilities)
 
 
-def _check_nearest(who: str, at: Layout, nearest: Tensor) -> None:
+def _check_nearest(who: str, at: Layout, nearest: Tensor, labels: Tensor) -> None:
     if nearest.dtype != torch.int64 or nearest.ndim != 2 or not nearest.shape[1]:
         raise TypeError(
             f"{who}: nearest needs to be int64 numbers of columns, (rows, m); {nearest.dtype} "
@@ -259,3 +257,7 @@ def _check_nearest(who: str, at: Layout, nearest: Tensor) -> None:
         )
     flat = nearest.flatten()
     inputs.check_labels(who, "nearest", flat, at.num_rows * nearest.shape[1], at.total_cols)
+    if nearest.device.type == "cpu" and not torch.equal(nearest[:, 0], labels):
+        raise ValueError(
+            f"{who}: the first column of nearest is the label; other numbers came as labels"
+        )

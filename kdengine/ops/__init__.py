@@ -6,6 +6,7 @@ from kdengine.ops.assign import Assignment, assign, range_join
 from kdengine.ops.feature import feature, unit_feature
 from kdengine.ops.gradient import gradient
 from kdengine.ops.similarity import Statistics, similarity
+from kdengine.ops.similarity_rest import similarity_rest
 from kdengine.ops.similarity_rows import similarity_rows
 from kdengine.ops.terms import has_terms, terms
 
@@ -19,6 +20,7 @@ __all__ = [
     "range_join",
     "set_workspace",
     "similarity",
+    "similarity_rest",
     "similarity_rows",
     "terms",
     "unit_feature",

@@ -27,6 +27,7 @@ MODULES = {
     ("similarity", "cuda"): "kdengine.ops.similarity_cuda",
     ("similarity_rows", "torch"): "kdengine.ops.similarity_rows_torch",
     ("similarity_rows", "triton"): "kdengine_kernels.similarity_rows",
+    ("similarity_rest", "torch"): "kdengine.ops.similarity_rest_torch",
     ("terms", "triton"): "kdengine_kernels.terms",
     ("gradient", "torch"): "kdengine.ops.gradient_torch",
     ("gradient", "triton"): "kdengine_kernels.gradient",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdengine import losses, reference
+from kdengine import losses, reference, reference_clusters
 from kdengine.ops import _backend
 
 DEVICE, DOUBLE = "cuda", torch.float64
@@ -167,6 +167,27 @@ def test_clusters_are_accurate(mode, rows_backend, shape, margin, scale) -> None
     number = torch.tensor(scale, dtype=DOUBLE, device=DEVICE)
     ours = loss_of(losses, backend=rows_backend)
     assert_accurate(mode, ours, loss_of(reference), query, key, number)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+def test_clusters_with_sparse_targets_are_accurate(mode, scale) -> None:
+    """Targets of a teacher near the student, and of several positives."""
+    num, clusters, top = 300, 2000, 16
+    image, centroids = rounded(mode, near(unit(num, 96), 0.5), unit(clusters, 96))
+    q, nearest = (scale * near(image, 0.3) @ centroids.T).softmax(1).topk(top)
+    labels = nearest[:, 0].contiguous()
+    learned = image, centroids, torch.tensor(scale, dtype=DOUBLE, device=DEVICE)
+
+    def ours(*student: Tensor) -> Tensor:
+        targets = {"nearest": nearest, "probabilities": q.float()}
+        terms = losses.cluster_terms(*student, labels, **targets, num_positives=2)
+        return terms.discrimination + terms.divergence
+
+    def oracle(*student: Tensor) -> Tensor:
+        positives = reference_clusters.multi_positive(*student, nearest[:, :2])
+        return positives + reference_clusters.sparse_cluster_kl(*student, nearest, q)
+
+    assert_accurate(mode, ours, oracle, *learned)
 
 
 @pytest.mark.parametrize("learned", ["query and key", "query"])
