@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from kdengine import checkpoint
+from kdengine.centres import STORED, Drawn
 from kdengine.methods import Embeddings, joined
-from kdengine.methods.centres import STORED, Drawn
 from kdengine.models import Features
 from kdengine.optimizer import Buffers
 from kdengine.teachers import Teachers
@@ -91,6 +91,8 @@ class Accumulation:
             by_student.append(self._embed(batch))
         batch = load()
         clusters.append(self._clusters(batch))
+        # the host waits for the numbers of a sample: before this batch's teachers are queued
+        more = {} if self._draw is None else {"drawn": self._draw(clusters)}
         by_teachers.append(self._teach(batch))
         teachers = [_together(each) for each in zip(*by_teachers, strict=True)]
         if by_student:
@@ -99,7 +101,6 @@ class Accumulation:
                 if leaf is not None:
                     leaf.requires_grad_()
         wanted = [batch[name] for name in self._engine.module.wants]
-        more = {} if self._draw is None else {"drawn": self._draw(clusters)}
         return self._engine(*wanted, teachers, diagnose, self._earlier, **more)
 
     def backward(self, loss: Tensor) -> None:

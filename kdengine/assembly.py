@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kdengine import models
-from kdengine.cache import CachedTeachers, Store, check_teachers
+from kdengine.cache import CachedTeachers, Store, TeacherEntry, check_teachers
+from kdengine.centres import Centres, Targets
 from kdengine.config import RunConfig
 from kdengine.data import (
     ClusterRows,
@@ -23,7 +24,7 @@ from kdengine.data import (
 )
 from kdengine.data.progress import counted
 from kdengine.data.shards import folders_told
-from kdengine.methods import Centres, needs_teacher, teacher_missing
+from kdengine.methods import needs_teacher, teacher_missing
 from kdengine.models import Student, TowerSpec
 from kdengine.ranks import Ranks
 from kdengine.teachers import LiveTeachers, Teachers, size
@@ -73,7 +74,7 @@ def build_teachers(
     Raises:
         ValueError: the method needs a teacher and none is named, or one cannot be built.
     """
-    if not needs_teacher(config.method.name):
+    if not needs_teacher(config.method):
         return None
     if store is not None and not config.distill.cache_live:
         return CachedTeachers(store, teacher_dtype(config), ranks.device)
@@ -114,7 +115,7 @@ def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
     distill = config.distill
     if distill.cache is None:
         return None
-    with_rows = needs_teacher(config.method.name) and not distill.cache_live
+    with_rows = needs_teacher(config.method) and not distill.cache_live
     store = Store(distill.cache, with_rows=with_rows)
 
     def check() -> None:
@@ -125,15 +126,17 @@ def open_cache(config: RunConfig, ranks: Ranks) -> Store | None:
     return store
 
 
-def open_clusters(config: RunConfig, teachers: Teachers | None) -> ClusterRows | None:
+def open_clusters(
+    config: RunConfig, ranks: Ranks, teachers: Teachers | None, store: Store | None
+) -> ClusterRows | None:
     """The clusters of the training images; None for a method without.
 
     Raises:
-        FileNotFoundError, ValueError: they cannot be used, or are of another width than the
+        FileNotFoundError, ValueError: they cannot be used, or are of another teacher than the
             embeddings that are to be compared with them.
     """
     own = config.method.clip_cid
-    if config.method.name != "clip_cid" or not (own.cluster or own.cluster_kl):
+    if config.method.name != "clip_cid" or not own.on_clusters:
         return None
     clusters = ClusterRows(own.clusters, with_targets=own.needs_targets)
     if own.positives > max(clusters.top, 1):
@@ -142,14 +145,33 @@ def open_clusters(config: RunConfig, teachers: Teachers | None) -> ClusterRows |
             f"{own.clusters} stores of an image, got {own.positives}; run 'kdengine cluster' into "
             "another folder with a larger --top"
         )
+    if own.targets == "teacher" and own.cluster_kl:
+        # one rank is enough: this may read the whole file of the weights
+        ranks.first_only(lambda: _check_clustered(config, clusters, teachers, store), "clusters")
+    return clusters
+
+
+def _check_clustered(
+    config: RunConfig, clusters: ClusterRows, teachers: Teachers | None, store: Store | None
+) -> None:
+    """See that the run's one teacher is the one that was clustered, as far as that is known."""
     widths = [spec.embed_dim for spec in teachers.specs] if teachers else []
-    if own.targets == "teacher" and widths != [clusters.width]:
+    found = []
+    if widths != [clusters.width]:
+        found = [f"{clusters.width} wide, and the run has teachers of the widths {widths}"]
+    elif clusters.teacher is not None:
+        entry = TeacherEntry.from_dict(clusters.teacher)
+        if store is not None and not config.distill.cache_live:
+            if store.manifest.teachers[0].weights != entry.weights:
+                found = [f"of {entry.spec.label}, whose weights are not those of the run's cache"]
+        else:
+            found = entry.differences(*config.distill.teachers()[0])
+    if found:
         raise ValueError(
             "method.clip_cid.targets: 'teacher' compares one teacher's embeddings with the "
-            f"centroids of {own.clusters}, which are {clusters.width} wide; got teachers of the "
-            f"widths {widths}; name the teacher that was clustered, or take the stored targets"
+            f"centroids of {clusters.folder}, which are of another: {'; '.join(found)}; name the "
+            "teacher that was clustered, or take the stored targets"
         )
-    return clusters
 
 
 def build_centres(
@@ -163,7 +185,7 @@ def build_centres(
         clusters.num_clusters,
         width=student.embed_dim if learned else None,
         teacher=clusters.centroids() if wanted else None,
-        target_scale=clusters.scale,
+        targets=Targets(own.nearest(clusters.top), clusters.scale),
         ratio=own.sample_ratio,
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
@@ -335,7 +357,8 @@ def header(
     if clusters is not None:
         cid = config.method.clip_cid
         kind = "own prototypes" if cid.prototypes == "own" else "the teacher's centroids"
-        looked = "" if cid.sample_ratio == 1 else f", {cid.sample_ratio:.0%} of them in a step"
+        looked = f", those a batch names and {cid.sample_ratio:.1%} of the others in a step"
+        looked *= cid.sample_ratio < 1
         rows["clusters"] = f"{clusters.num_clusters} of {cid.clusters}, {kind}{looked}"
     batch, accum_freq = config.train.batch_size, config.train.accum_freq
     rows["method"] = config.method.name

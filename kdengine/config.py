@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from kdengine import MAX_PIXELS
 from kdengine.methodconfig import ClipCID as ClipCID
 from kdengine.methodconfig import ClipKD as ClipKD
+from kdengine.methodconfig import ComKD as ComKD
 from kdengine.methodconfig import Method
 from kdengine.methodconfig import TinyClip as TinyClip
 from kdengine.promptconfig import Classes, Prompt, refuse_with_prompts
@@ -286,6 +287,14 @@ class RunConfig:
             )
         if self.method.on_classes:
             refuse_with_prompts(self)
+        own = self.method.clip_cid
+        learns = self.method.name == "clip_cid" and own.on_clusters and own.prototypes == "own"
+        if learns and self.optim.name != "adamw":
+            raise ValueError(
+                f"optim.name: expected adamw with method clip_cid, whose own prototypes have an "
+                f"AdamW at a multiple of optim.lr; got {self.optim.name}; or set "
+                "method.clip_cid.prototypes to 'teacher'"
+            )
 
 
 def recipe_names() -> list[str]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from kdengine import assembly, checkpoint, prompting, ranks
+from kdengine.centres import Centres
 from kdengine.checkpoint import State
 from kdengine.config import Eval, RunConfig, to_toml
 from kdengine.distributed import Exchange
 from kdengine.engineconfig import deepspeed_config
 from kdengine.evaluate import EvalSet, Evaluator, parse_eval_sets
 from kdengine.log import RunLog
-from kdengine.methods import Centres, build_method, build_root
+from kdengine.methods import build_method, build_root
 from kdengine.models import TowerSpec, build_from_spec
 from kdengine.optimizer import Buffers, build_optimizer
 from kdengine.pruning import BUDGET_TOLERANCE, Pruning, View, lacking
@@ -158,17 +159,18 @@ def build(
     clusters = centres = None
     if prompts:
         teachers, (loader, identity, data_rows) = prompts.teachers, prompts.data
+        cleanup.callback(loader.close)
     else:
         store = assembly.open_cache(config, me)
         teachers = assembly.build_teachers(config, me, student.spec, store)
-        clusters = assembly.open_clusters(config, teachers)
+        clusters = assembly.open_clusters(config, me, teachers, store)
         loader, identity, data_rows = assembly.build_data(
             config, me, student.spec, teachers, store, clusters
         )
+        cleanup.callback(loader.close)
         if clusters:
             centres = assembly.build_centres(config, me, student.spec, clusters)
     identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
-    cleanup.callback(loader.close)
     evaluator = build_evaluator(config, me, student.spec)
     total = assembly.num_steps(config, loader.steps_per_epoch)
     notes = checkpoint.check(resumed, config, me, identity) if resumed else []

@@ -10,9 +10,9 @@ import torch
 
 from kdengine import checkpoint, ranks
 from kdengine.accumulate import Accumulation, Batch
+from kdengine.centres import Centres, Drawn, read_assigned
 from kdengine.job import Job
 from kdengine.log import Meter
-from kdengine.methods.centres import Centres, Drawn, read_assigned
 from kdengine.models import build_from_spec
 from kdengine.models.towers import LOG_SCALE_MAX
 from kdengine.optimizer import learning_rate, update
@@ -144,7 +144,7 @@ def run_step(job: Job, *, save: bool, diagnose: bool = False) -> Step:
 
 def draw_centres(centres: Centres, step: int, told: Sequence[Batch]) -> Drawn:
     """The clusters of a step, from what is stored of its images."""
-    return centres.draw(read_assigned(told, centres.target_scale), step)
+    return centres.draw(read_assigned(told, centres.targets), step)
 
 
 def count_skipped(job: Job, step: Step) -> None:

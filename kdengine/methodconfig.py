@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Section ``method`` of the configuration; see ``kdengine.config``."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,7 +65,8 @@ class ClipCID:
     """Cluster-instance discrimination: weights, and how clusters are told apart."""
 
     clusters: str = ""
-    """Folder that 'kdengine cluster' made of a teacher's embeddings of this run's images."""
+    """Folder that 'kdengine cluster' made of a teacher's embeddings of this run's images, for
+    cluster and cluster_kl."""
     task: float = 1.0
     """CLIP InfoNCE, mean of rows and columns."""
     instance: float = 1.0
@@ -78,7 +80,11 @@ class ClipCID:
     stay, and a linear head brings the student's images to their width."""
     targets: Literal["stored", "teacher"] = "stored"
     """Of cluster_kl. 'stored': what 'kdengine cluster --top' wrote for each image, all other
-    clusters as one. 'teacher': all clusters, from the teacher's embedding of each crop."""
+    clusters as one. 'teacher': all clusters of a step, from the teacher's embedding of each
+    crop."""
+    top: int = 0
+    """How many of an image's stored nearest clusters count one by one, and are in every sample;
+    0 takes all that are stored."""
     teacher_scale: float = 100.0
     """Multiplier of the teacher's cosines with targets 'teacher'; stored ones have theirs."""
     temperature: float = 1.0
@@ -87,19 +93,21 @@ class ClipCID:
     scale: float = 0.0
     """Multiplier of the student's cosines with the clusters; with 0 it is learned from 1 / 0.07."""
     margin: float = 0.0
-    """Angle in radians that an image has to be nearer to its own cluster (ArcFace)."""
+    """Angle in radians, below pi / 2, that an image has to be nearer to its cluster (ArcFace)."""
     positives: int = 1
     """Nearest clusters that an image belongs to; above 1 'cluster' is the loss of MLCD."""
     sample_ratio: float = 1.0
-    """Share of the clusters named by no image of the batch that a step looks at; 1 looks at all."""
+    """Share of the clusters that no image of the batch names, as its own or as one of its nearest,
+    that a step looks at beside the named ones; 1 looks at all. Below it cluster_kl is biased."""
     centre_lr: float = 5.0
-    """Learning rate of own prototypes, as a multiple of optim.lr."""
+    """Learning rate of own prototypes, as a multiple of optim.lr: of an AdamW of their own, whose
+    gradients are not clipped."""
     centre_wd: float = 0.0
     """Weight decay of the prototypes that a step looks at."""
 
     def __post_init__(self) -> None:
         owner = "method.clip_cid"
-        for name in ("task", "instance", "cluster", "cluster_kl", "margin", "centre_wd"):
+        for name in ("task", "instance", "cluster", "cluster_kl", "top", "centre_wd"):
             value = getattr(self, name)
             check(owner, name, value, "a number >= 0", value >= 0)
         for name in ("temperature", "teacher_scale", "centre_lr"):
@@ -107,6 +115,8 @@ class ClipCID:
             check(owner, name, value, "a number > 0", value > 0)
         good = self.scale == 0 or 1 <= self.scale <= 100
         check(owner, "scale", self.scale, "a multiplier 1..100, or 0", good)
+        below = 0 <= self.margin < math.pi / 2
+        check(owner, "margin", self.margin, "an angle 0 <= m < pi / 2, in radians", below)
         ratio, many = self.sample_ratio, self.positives
         check(owner, "sample_ratio", ratio, "a share 0 <= r <= 1", 0 <= ratio <= 1)
         check(owner, "positives", many, "a number >= 1", many >= 1)
@@ -115,6 +125,26 @@ class ClipCID:
                 f"{owner}.margin: a margin is for one positive, got {self.margin} with {many} "
                 "positives; set one of them to its default"
             )
+        if many > 1 and not self.cluster:
+            raise ValueError(
+                f"{owner}.positives: several are for the term cluster, whose weight is 0; got "
+                f"{many}; leave them at 1, or give cluster a weight"
+            )
+
+    @property
+    def on_clusters(self) -> bool:
+        """Whether a term looks at clusters."""
+        return self.cluster > 0 or self.cluster_kl > 0
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a term wants what a teacher says of the batch."""
+        return self.instance > 0 or (self.cluster_kl > 0 and self.targets == "teacher")
+
+    def nearest(self, stored: int) -> int:
+        """How many of an image's stored nearest clusters are taken."""
+        limit = min(self.top or stored, stored)
+        return max(self.positives, limit if self.cluster_kl > 0 else 1)
 
     @property
     def needs_targets(self) -> bool:
@@ -141,7 +171,8 @@ class Method:
     """Settings of method comkd."""
 
     def __post_init__(self) -> None:
-        if self.name == "clip_cid" and not self.clip_cid.clusters:
+        own = self.clip_cid
+        if self.name == "clip_cid" and own.on_clusters and not own.clusters:
             raise ValueError(
                 "method.clip_cid.clusters: expected the folder that 'kdengine cluster' wrote, got "
                 "none; make it of the embeddings of a cache ('kdengine cache')"

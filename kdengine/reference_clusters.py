@@ -36,8 +36,10 @@ def sparse_cluster_kl(
     # the rest as the sum of what it is made of: 1 - sum would cancel
     rest = torch.where(inside, 0, p).sum(1, keepdim=True)
     both = torch.cat([p.gather(1, nearest), rest], 1)
-    target = torch.cat([q, (1 - q.sum(1, keepdim=True)).clamp(min=0)], 1)
-    terms = torch.where(target > 0, target * (target.log() - both.log()), 0)
+    # where nothing is left, nothing is expected there
+    left = torch.where(rest > 0, (1 - q.sum(1, keepdim=True)).clamp(min=0), 0)
+    target = torch.cat([q, left], 1)
+    terms = torch.xlogy(target, target) - torch.xlogy(target, both)
     return temperature**2 * terms.sum(1).mean()
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kdengine.accumulate import Accumulation
+from kdengine.centres import STORED, Drawn, Targets, read_assigned
 from kdengine.methods import Clip, ClipCID, ClipKD, Distillation, Embeddings, Method, joined
-from kdengine.methods.centres import STORED, Drawn, read_assigned
 from kdengine.models import Features, build_student
 
 K, SIZE, WIDTH = 4, 3, 16
@@ -96,7 +96,7 @@ class Clusters:
 
     def draw(self, batches: Sequence[dict[str, Tensor]]) -> Drawn:
         assert all(set(batch) == set(STORED) for batch in batches)
-        return Drawn(self.centres, None, read_assigned(batches, 5.0))
+        return Drawn(self.centres, None, read_assigned(batches, Targets(3, 5.0)))
 
 
 def step(

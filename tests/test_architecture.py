@@ -30,6 +30,7 @@ LINES = {
     "kdengine.teachers": 4,
     "kdengine.pruning": 4,
     "kdengine.cache": 4,
+    "kdengine.centres": 3,
     "kdengine.losses": 3,
     "kdengine.models": 3,
     "kdengine.data": 3,

@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdengine import centres as module
 from kdengine import losses
-from kdengine.methods import centres as module
-from kdengine.methods.centres import Assigned, Centres, uniform
+from kdengine.centres import Assigned, Centres, uniform
 
 NUM_CLUSTERS, WIDTH, NUM_IMAGES = 50, 6, 12
 OPTIONS = {"betas": (0.9, 0.98), "eps": 1e-6, "wd": 0.1}
@@ -141,6 +141,18 @@ def test_state_goes_on_where_it_was() -> None:
     second.seed = 0
     for x, y in zip(train(whole, 2), train(second, 2), strict=True):
         assert torch.equal(x, y)
+
+
+def drawn_of_rank(rank: int, world_size: int) -> list[int]:
+    """Numbers of the clusters that a rank looks at, where the batch names the first two."""
+    centres = Centres(12, width=2, ratio=0.0, group=dist.group.WORLD)
+    centres.draw(Assigned(torch.tensor([0, 1])), 0)
+    assert centres._drawn and centres._drawn[0] is not None
+    return (centres._drawn[0] + centres.first).tolist()
+
+
+def test_a_rank_without_a_named_cluster_looks_at_its_first(run_ranks) -> None:
+    assert run_ranks(drawn_of_rank, 3) == [[0, 1], [4], [8]]
 
 
 def test_refuses_fewer_clusters_than_ranks(run_ranks) -> None:

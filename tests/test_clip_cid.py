@@ -2,6 +2,7 @@
 """Method ``clip_cid`` against the oracle's losses, and its configuration."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import config, reference, reference_clusters
-from kdengine.methods import ClipCID, build_method
-from kdengine.methods.centres import Assigned, Drawn, read_assigned
+from kdengine.assembly import build_centres
+from kdengine.centres import Assigned, Centres, Drawn, Targets, read_assigned
+from kdengine.methods import ClipCID, build_method, needs_teacher
 from kdengine.models import Features
+from kdengine.ranks import Ranks
 
 NUM, WIDTH, WIDE, CLUSTERS, TOP = 8, 5, 7, 11, 3
 
@@ -114,11 +117,12 @@ def test_stored_targets_are_the_teachers_softmax() -> None:
         "cluster_lse": (30 * cosines).logsumexp(1),
     }
     parts = [{k: x[:3] for k, x in stored.items()}, {k: x[3:] for k, x in stored.items()}]
-    found = read_assigned(parts, 30.0)
+    found = read_assigned(parts, Targets(2, 30.0))
+    nearest = nearest[:, :2]
     expected = (30 * cosines).softmax(1).gather(1, nearest)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-12, atol=0)
     assert torch.equal(found.label, nearest[:, 0]) and torch.equal(found.nearest, nearest)
-    alone = read_assigned([{"cluster": x["cluster"]} for x in parts], 30.0)
+    alone = read_assigned([{"cluster": x["cluster"]} for x in parts], Targets(0, 30.0))
     assert alone.nearest is None and torch.equal(alone.label, found.label)
 
 
@@ -154,7 +158,9 @@ def test_the_configuration_reaches_the_method() -> None:
             {"clusters": ""},
             r"method.clip_cid.clusters: expected the folder that 'kdengine cluster'",
         ),
-        ({"margin": -1.0}, "method.clip_cid.margin: expected a number >= 0"),
+        ({"margin": -1.0}, "method.clip_cid.margin: expected an angle 0 <= m < pi / 2"),
+        ({"margin": 30.0}, "in radians, got 30.0"),
+        ({"positives": 2, "cluster": 0.0}, "several are for the term cluster, whose weight is 0"),
         ({"sample_ratio": 1.5}, "method.clip_cid.sample_ratio: expected a share 0 <= r <= 1"),
         ({"scale": 0.5}, "method.clip_cid.scale: expected a multiplier 1..100, or 0"),
         ({"positives": 2, "margin": 0.1}, "a margin is for one positive"),
@@ -163,6 +169,70 @@ def test_the_configuration_reaches_the_method() -> None:
 def test_settings_are_refused_with_advice(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.Method(name="clip_cid", clip_cid=config.ClipCID(**{"clusters": "x"} | changes))
+
+
+def test_a_teacher_is_needed_where_a_term_asks_it() -> None:
+    def needs(**changes: Any) -> bool:
+        own = config.ClipCID(clusters="x", **changes)
+        return needs_teacher(config.Method(name="clip_cid", clip_cid=own))
+
+    assert needs() and needs(instance=0.0, targets="teacher")
+    assert not needs(instance=0.0)
+    assert not needs(instance=0.0, targets="teacher", cluster_kl=0.0)
+    settings = config.Method(name="clip_cid", clip_cid=config.ClipCID(clusters="x", instance=0.0))
+    assert not build_method(settings, student_width=WIDTH, teacher_widths=()).needs_teacher
+
+
+def test_what_is_taken_of_the_stored_nearest() -> None:
+    def taken(**changes: Any) -> int:
+        return config.ClipCID(clusters="x", **changes).nearest(64)
+
+    assert (taken(), taken(top=8), taken(top=99)) == (64, 8, 64)
+    assert (
+        taken(cluster_kl=0.0),
+        taken(cluster_kl=0.0, positives=4),
+        taken(top=2, positives=4),
+    ) == (
+        1,
+        4,
+        4,
+    )
+
+
+def test_centres_are_built_of_the_configuration() -> None:
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+
+    class Clusters:
+        num_clusters, top, scale, width = CLUSTERS, TOP, 30.0, WIDE
+
+        def centroids(self) -> Tensor:
+            return unit(rows(CLUSTERS, WIDE)).float()
+
+    def build(**changes: Any) -> Centres:
+        own = config.ClipCID(
+            clusters="x", **{"top": 2, "centre_wd": 0.3, "sample_ratio": 0.5} | changes
+        )
+        method = config.Method(name="clip_cid", clip_cid=own)
+        optim = config.Optim(beta1=0.8, beta2=0.7, eps=1e-5)
+        run = config.RunConfig(method=method, optim=optim, train=config.Train(seed=5))
+        student = SimpleNamespace(embed_dim=WIDTH)
+        return build_centres(run, alone, student, Clusters())
+
+    centres = build()
+    assert (centres.num_clusters, centres.targets, centres.ratio) == (CLUSTERS, (2, 30.0), 0.5)
+    assert (centres.betas, centres.eps, centres.wd, centres.seed) == ((0.8, 0.7), 1e-5, 0.3, 5)
+    assert centres.state_dict()["centres"].shape == (CLUSTERS, WIDTH)
+    assert centres.teacher is None and centres.constant_width is None
+    assert build(targets="teacher").teacher is not None
+    assert build(prototypes="teacher").constant_width == WIDE
+
+
+def test_sgd_has_no_prototypes_of_its_own() -> None:
+    own = config.ClipCID(clusters="x")
+    with pytest.raises(ValueError, match=r"optim.name: expected adamw .* got sgd"):
+        config.RunConfig(
+            method=config.Method(name="clip_cid", clip_cid=own), optim=config.Optim(name="sgd")
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdengine import losses, reference, reference_clusters
 
 DOUBLE = torch.float64
-# features of 11 images and 13 clusters, of a teacher of another width, and what is told of them
+# features of images and clusters, of a teacher of another width, and what is told of them
 NUM_IMAGES, NUM_CLUSTERS, TOP = 12, 14, 4
 SCALE = 9.0
 
@@ -19,11 +19,11 @@ def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=DOUBLE), dim=1)
 
 
-def problem(seed: int = 0) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
+def problem(top: int = TOP) -> dict[str, Tensor]:
+    torch.manual_seed(0)
     teacher_image, teacher_centroids = unit(NUM_IMAGES, 7), unit(NUM_CLUSTERS, 7)
     q = (20.0 * teacher_image @ teacher_centroids.T).softmax(1)
-    probabilities, nearest = q.topk(TOP)
+    probabilities, nearest = q.topk(top)
     return {
         "image": unit(NUM_IMAGES, 5),
         "centroids": unit(NUM_CLUSTERS, 5),
@@ -167,6 +167,26 @@ def test_sparse_kl_is_at_most_the_whole_and_zero_of_equals() -> None:
     assert abs(same.divergence.item()) < 1e-12
 
 
+@pytest.mark.parametrize("scale", [14.0, 30.0, 100.0])
+def test_bfloat16_of_an_over_confident_student(scale: float) -> None:
+    """It leaves little to the rest, of which its teacher has a twentieth."""
+    torch.manual_seed(0)
+    centroids = F.normalize(torch.randn(400, 64), dim=1)
+    labels = torch.arange(32)
+    image = F.normalize(centroids[:32] + 0.05 * torch.randn(32, 64), dim=1)
+    nearest = (labels[:, None] + torch.arange(8)) % 400
+    probabilities = torch.tensor([0.6, *[0.05] * 7]).expand(32, 8)
+    low = [x.bfloat16().requires_grad_() for x in (image, centroids)]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    targets = {"nearest": nearest, "probabilities": probabilities}
+    found = losses.cluster_terms(*low, scale, labels, **targets).divergence
+    truth = reference_clusters.sparse_cluster_kl(*exact, scale, nearest, probabilities)
+    assert abs(found.item() - truth.item()) <= 1e-5 * truth.item()
+    pairs = zip(torch.autograd.grad(found, low), torch.autograd.grad(truth, exact), strict=True)
+    for x, true_x in pairs:
+        assert (x.double() - true_x).norm() <= 4e-3 * true_x.norm()
+
+
 @pytest.mark.parametrize("num_positives", [1, 2])
 def test_confident_students_keep_their_digits(num_positives: int) -> None:
     """Named columns have all but 1e-13 of each row; float32 has 1e-7 of a sum."""
@@ -237,26 +257,33 @@ def test_refuses_with_advice(changes: dict, message: str) -> None:
         losses.cluster_terms(*leaves(given), given["labels"], **tensors | changes)
 
 
+# of each image all clusters are known
+WHOLE = "all, sparse"
+
+
 def rank_terms(rank: int, world_size: int) -> dict[str, list[Tensor]]:
     """Loss and gradients of each case of this rank's rows and clusters, the first with fewer."""
-    given, found = problem(), {}
+    found = {}
     rows = slice(NUM_IMAGES * rank // world_size, NUM_IMAGES * (rank + 1) // world_size)
     edges = [0, *(3 + 11 * r // (world_size - 1) for r in range(world_size))]
     cols = slice(edges[rank], edges[rank + 1])
-    own = {k: x[cols if "centroids" in k else rows] for k, x in given.items()}
-    for case in CASES:
+    for case in (*CASES, WHOLE):
+        given = problem(NUM_CLUSTERS if case == WHOLE else TOP)
+        own = {k: x[cols if "centroids" in k else rows] for k, x in given.items()}
         student = leaves(own)
-        terms = ours(case, own, student, keys="sharded", group=dist.group.WORLD)
+        name = case.removeprefix("all, ")
+        terms = ours(name, own, student, keys="sharded", group=dist.group.WORLD)
         found[case] = [x.detach() for x in terms] + list(gradients(terms, student))
     return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_clusters_over_ranks_equal_the_oracle(run_ranks, world_size: int) -> None:
-    results, given = run_ranks(rank_terms, world_size), problem()
-    for case in CASES:
+    results = run_ranks(rank_terms, world_size)
+    for case in (*CASES, WHOLE):
+        given = problem(NUM_CLUSTERS if case == WHOLE else TOP)
         student = leaves(given)
-        expected = truth(case, given, student)
+        expected = truth(case.removeprefix("all, "), given, student)
         image, centroids, scale = gradients(expected, student)
         parts = list(zip(*(result[case] for result in results), strict=True))
         for x, true_x in zip(parts, [x.detach() for x in expected], strict=False):

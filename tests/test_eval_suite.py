@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """kdengine eval --folder on photos in CLIP_benchmark's layout: scores, JSON files, broken sets."""
 
+import errno
 import io
 import json
 import tarfile
@@ -299,6 +300,19 @@ def test_an_error_in_the_code_costs_no_other_set_and_keeps_its_traceback(
     assert main(["eval", ran.student, *words]) == 1
     assert "few: linear probe failed: from elsewhere" in capsys.readouterr().out
     assert "few: this may be a bug" in caplog.text and "in fails" in caplog.text
+
+
+def test_a_file_that_cannot_be_written_is_a_fault_of_its_set(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kdengine.evaluate.suite.write_scores", full)
+    (tmp_path / "few").symlink_to(ran.root / "wds" / "own" / "few")
+    words = ["--folder", str(tmp_path), "--index-dir", f"{tmp_path}/index"]
+    assert main(["eval", ran.student, *words, "--json", f"{tmp_path}/json"]) == 1
+    assert "few: writing failed: its JSON in" in capsys.readouterr().out
 
 
 def test_words_of_a_file_name_are_short_and_differ() -> None:

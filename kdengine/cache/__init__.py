@@ -2,7 +2,7 @@
 """Teacher embeddings computed once: k stored crops of every image, and every caption."""
 
 from kdengine.cache.build import Summary, build_cache
-from kdengine.cache.manifest import Manifest, check_teachers, hash_file
+from kdengine.cache.manifest import Manifest, TeacherEntry, check_teachers, hash_file
 from kdengine.cache.store import Store
 from kdengine.cache.teachers import CachedTeachers
 
@@ -11,6 +11,7 @@ __all__ = [
     "Manifest",
     "Store",
     "Summary",
+    "TeacherEntry",
     "build_cache",
     "check_teachers",
     "hash_file",

@@ -47,6 +47,19 @@ class TeacherEntry:
         """The entry that ``dataclasses.asdict`` wrote."""
         return cls(**{**values, "spec": TowerSpec.from_dict(values["spec"])})
 
+    def differences(self, model: str, tag: str | None) -> list[str]:
+        """In what the teacher of these names is another one; may read the file of its weights."""
+        source = _at_hand(model, tag)
+        if source is not None and source.checkpoint is not None:
+            found = spec_differences(self.spec, source.spec)
+            if not found and self.weights != hash_file(source.checkpoint):
+                found = [f"its weights are not those of {source.checkpoint}"]
+            return found
+        if is_named(self.spec, model, tag):
+            return []
+        theirs = " / ".join(filter(None, (self.spec.name, self.spec.pretrained)))
+        return [f"its teacher is {theirs}, the run names {' / '.join(filter(None, (model, tag)))}"]
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -201,19 +214,7 @@ def check_teachers(
             f"{len(entries)} ({', '.join(entry.spec.name for entry in entries)}); {remedy}"
         )
     for (model, tag), entry in zip(named, entries, strict=True):
-        source = _at_hand(model, tag)
-        if source is not None and source.checkpoint is not None:
-            found = spec_differences(entry.spec, source.spec)
-            if not found and entry.weights != hash_file(source.checkpoint):
-                found = [f"its weights are not those of {source.checkpoint}"]
-        elif not is_named(entry.spec, model, tag):
-            theirs = " / ".join(filter(None, (entry.spec.name, entry.spec.pretrained)))
-            found = [
-                f"its teacher is {theirs}, the run names {' / '.join(filter(None, (model, tag)))}"
-            ]
-        else:
-            found = []
-        if found:
+        if found := entry.differences(model, tag):
             raise ValueError(f"cache: it is of another teacher: {'; '.join(found)}; {remedy}")
 
 

@@ -14,6 +14,7 @@ OUT/state.pt                       where the iterations are, while they are not 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
@@ -190,6 +191,7 @@ def _run(
         "num_rows": embeddings.num_rows,
         "num_kept": rows.num_rows,
         "width": embeddings.width,
+        "teacher": embeddings.teacher and dataclasses.asdict(embeddings.teacher),
         "k": len(centroids),
         "top": top,
         "scale": scale,

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdengine.cache import Manifest, codec, store
+from kdengine.cache import Manifest, TeacherEntry, codec, store
 from kdengine.data.limits import MAPS
 
 
@@ -49,12 +49,14 @@ class Embeddings(abc.ABC):
         width: of each.
         parts: the rows' places, in order.
         digest: equal for the same embeddings of the same samples.
+        teacher: whose they are, where that is known.
     """
 
     num_rows: int
     width: int
     parts: list[Part]
     digest: str
+    teacher: TeacherEntry | None = None
 
     @abc.abstractmethod
     def _rows(self, part: int, local: np.ndarray | slice) -> Tensor: ...
@@ -135,7 +137,8 @@ class CacheEmbeddings(Embeddings):
             p: f"{store.array_name(teacher, p)}.npy" for p in codec.arrays(self._storage)
         }
         self._views = [store.view_name(view) for view in range(manifest.views)]
-        self.width = manifest.teachers[teacher].spec.embed_dim
+        self.teacher = manifest.teachers[teacher]
+        self.width = self.teacher.spec.embed_dim
         self.parts, first = [], 0
         for folder in sorted(path.glob("shards/*")):
             missing = [view for view in self._views if not store.is_complete(folder, view)]

@@ -58,6 +58,7 @@ class ClusterRows:
         scale: of that softmax.
         width: of the centroids.
         digest: changes with labels, centroids, top and scale.
+        teacher: whose embeddings were clustered, as a cache tells its teachers; None of an array.
 
     Raises:
         FileNotFoundError: there is no folder, or it is not finished.
@@ -69,6 +70,7 @@ class ClusterRows:
         told = _read_manifest(self.folder)
         self.num_clusters, self.width = int(told["k"]), int(told["width"])
         self.scale, self.digest = float(told["scale"]), str(told["digest"])
+        self.teacher: dict[str, Any] | None = told.get("teacher")
         self.top = int(told["top"]) if with_targets else 0
         if with_targets and not self.top:
             raise ValueError(

@@ -34,6 +34,10 @@ _OURS = {
 }
 
 
+# among faults, of what is no task
+WRITING = "writing"
+
+
 @dataclass
 class Scores:
     """What an evaluation found of a data set.
@@ -77,17 +81,14 @@ class Scores:
             for task, value in values.items()
             if value is not None
         ]
-        told += [f"{words} failed" for task, words in TASKS.items() if task in self.faults]
+        told += [f"{TASKS.get(task, task)} failed" for task in self.faults]
         return f"{self.found.name}: {', '.join(told) or self.found.left_out}"
 
     def remarks(self) -> list[str]:
         """A line for each failure, or why the set was left out."""
         name, left_out = self.found.name, self.found.left_out
-        faults = [
-            f"{name}: {words} failed: {self.faults[task]}"
-            for task, words in TASKS.items()
-            if task in self.faults
-        ]
+        words = {**TASKS, WRITING: WRITING}
+        faults = [f"{name}: {words[task]} failed: {why}" for task, why in self.faults.items()]
         return faults + ([f"{name}: {left_out}"] if left_out else [])
 
 

@@ -21,7 +21,7 @@ from kdengine.evaluate import left_out
 from kdengine.evaluate.command import model_words, open_model, whole
 from kdengine.evaluate.evaluator import Evaluator, Kept
 from kdengine.evaluate.layout import LocalSet
-from kdengine.evaluate.scores import Scores, flat, scores_table, write_scores
+from kdengine.evaluate.scores import WRITING, Scores, flat, scores_table, write_scores
 from kdengine.models import TwoTower
 from kdengine.ranks import on_gpu
 
@@ -83,16 +83,24 @@ def evaluate_suite(
         for number, one in enumerate(sets, start=1):
             start = time.perf_counter()
             own, remarks = evaluate_set(runner, tower, one)
+            if json_dir is not None:
+                _write(own, Path(json_dir), *model_words(title or model))
             scores.append(own)
             lines += own.remarks() + remarks
             seconds = time.perf_counter() - start
             print(f"{number} of {len(sets)}, {seconds:.0f} s: {own.line()}", file=sys.stderr)
-            if json_dir is not None:
-                write_scores(own, Path(json_dir), *model_words(title or model))
     if out is not None:
         Path(out).write_text(json.dumps(flat(scores), indent=2, allow_nan=False) + "\n")
     parts: list[RenderableType] = [scores_table(scores, title or model), *map(whole, lines)]
     return Group(*parts), any(one.faults for one in scores)
+
+
+def _write(scores: Scores, folder: Path, model: str, pretrained: str) -> None:
+    """The files of a set; a full disk is told by its scores, and costs no other set."""
+    try:
+        write_scores(scores, folder, model, pretrained)
+    except OSError as error:
+        scores.faults[WRITING] = f"its JSON in {folder}: {error.strerror}"
 
 
 def evaluate_set(runner: Evaluator, tower: TwoTower, one: LocalSet) -> tuple[Scores, list[str]]:

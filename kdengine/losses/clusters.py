@@ -155,7 +155,8 @@ def _cluster_terms(
 class _Named(NamedTuple):
     """Rows of which m logits (b, m) are known, the first of them its cluster's, and the rest (b,).
 
-    Everything follows by adding up: nothing is taken off a sum, which would lose a small rest.
+    Everything follows by adding up: nothing is taken off a sum, which would lose a small rest. A
+    rest of nothing is the lowest number there is, and not infinite, whose gradients are none.
     """
 
     logits: Tensor
@@ -182,9 +183,9 @@ class _Named(NamedTuple):
         loss = -F.logsigmoid(positive - self.without(1))
         loss = loss + (torch.xlogy(q, q) - q * (self.logits - positive[:, None])).sum(1)
         # where nothing is left, nothing is expected there
-        tail = torch.where(self.rest > -torch.inf, (1 - q.sum(1)).clamp(min=0), 0)
-        rest = self.rest.clamp(min=torch.finfo(self.rest.dtype).min)
-        return (loss + torch.xlogy(tail, tail) - tail * (rest - positive)).mean()
+        something = self.rest > torch.finfo(self.rest.dtype).min / 2
+        tail = torch.where(something, (1 - q.sum(1)).clamp(min=0), 0)
+        return (loss + torch.xlogy(tail, tail) - tail * (self.rest - positive)).mean()
 
 
 def _look(at: Layout, features: Features, nearest: Tensor, backend: str) -> _Named:
@@ -194,9 +195,10 @@ def _look(at: Layout, features: Features, nearest: Tensor, backend: str) -> _Nam
     backward the same ways back.
     """
     query, key, scale = features[:3]
+    lowest = torch.finfo(features.dtype).min
     if at.num_ranks == 1 or at.keys != "sharded":
         rest, logits = similarity_rest(query, key, scale, nearest, backend=backend)
-        return _Named(logits, rest)
+        return _Named(logits, rest.clamp(min=lowest))
     group = at.exchange.group
     everyone = distributed.gather_rows(query, group)
     numbers = distributed.gather_constant(nearest, group, "numbers of clusters")
@@ -206,7 +208,7 @@ def _look(at: Layout, features: Features, nearest: Tensor, backend: str) -> _Nam
     parts = torch.cat([rest[:, None], logits], 1).unflatten(0, (at.num_ranks, -1))
     parts = distributed.all_to_all(parts, group)
     # at most one part has a named column; the others say 0
-    return _Named(parts[:, :, 1:].sum(0), parts[:, :, 0].logsumexp(0))
+    return _Named(parts[:, :, 1:].sum(0), parts[:, :, 0].clamp(min=lowest).logsumexp(0))
 
 
 def _check(

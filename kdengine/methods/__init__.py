@@ -9,7 +9,6 @@ from torch import Tensor
 from kdengine import config
 from kdengine.distributed import Exchange, Group
 from kdengine.methods.base import Distillation, Embeddings, Method, joined, teacher_missing
-from kdengine.methods.centres import Centres
 from kdengine.methods.classes import ClassDistillation, ClassMethod
 from kdengine.methods.clip import Clip
 from kdengine.methods.clip_cid import ClipCID
@@ -19,7 +18,6 @@ from kdengine.methods.tinyclip import TinyClip
 from kdengine.models import TwoTower
 
 __all__ = [
-    "Centres",
     "ClassDistillation",
     "ClassMethod",
     "Clip",
@@ -48,9 +46,11 @@ METHODS: dict[str, type[Method] | type[ClassMethod]] = {
 }
 
 
-def needs_teacher(name: str) -> bool:
-    """Whether the method of this name wants a teacher."""
-    return METHODS[name].needs_teacher
+def needs_teacher(method: config.Method) -> bool:
+    """Whether the configured method wants a teacher."""
+    if method.name == "clip_cid":
+        return method.clip_cid.asks_teacher
+    return METHODS[method.name].needs_teacher
 
 
 def build_method(
@@ -80,7 +80,7 @@ def build_method(
     if method.name == "comkd_teacher":
         assert class_tokens is not None
         return ComKDTeacher(class_tokens)
-    if not teacher_widths:
+    if not teacher_widths and needs_teacher(method):
         raise teacher_missing(method.name)
     if method.name == "tinyclip":
         own = method.tinyclip

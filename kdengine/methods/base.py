@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdengine.methods.centres import Drawn
+from kdengine.centres import Drawn
 from kdengine.methods.likeness import Heads, first_outputs, likeness
 from kdengine.models import Features, TwoTower
 from kdengine.models.masking import install_mask

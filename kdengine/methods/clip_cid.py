@@ -18,9 +18,10 @@ The student's images are compared either with centres of their own width, learne
 ("own prototypes"), or, through a linear head, with the teacher's centroids. Targets of the KL are
 either stored ones, of the nearest clusters of each image's mean embedding with all others as one,
 which needs no product with the teacher's centroids and is at most the KL over all; or the teacher's
-softmax over all the step's clusters, of the very crop. Where the step's clusters are a sample, the
-latter is the softmax over the sample: what the teacher gives to clusters outside of it is shared
-out among those inside. Stored targets keep it in the rest.
+softmax over all the step's clusters, of the very crop. Where the step's clusters are a sample, both
+are approximate. The latter is the softmax over the sample: what the teacher gives to clusters
+outside of it is shared out among those inside. Stored targets keep what the teacher gives to all
+others, and the student's rest is of the sample alone: it is pushed up to 1 / ratio times too high.
 
 Several positives are MLCD's (An et al. 2024), the margin ArcFace's with its exact Jacobian.
 """
@@ -32,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdengine.centres import Drawn
 from kdengine.distributed import Exchange, Group
 from kdengine.losses import cluster_terms, unit_rows
 from kdengine.methods.base import Method
-from kdengine.methods.centres import Drawn
 from kdengine.methods.relational import relational, unit_features
 from kdengine.models import Features
 from kdengine.models.towers import LOG_SCALE_MAX
@@ -46,7 +47,7 @@ LOG_SCALE_START = math.log(1 / 0.07)
 class ClipCID(Method):
     """The weighted terms of CLIP-CID, with the head and the scale of its clusters.
 
-    The centres themselves come with every step: see ``methods.centres``.
+    The centres themselves come with every step: see ``kdengine.centres``.
 
     Args:
         student_width: width of the student's embeddings.
@@ -86,6 +87,7 @@ class ClipCID(Method):
         super().__init__(weights)
         self.teacher_scale, self.temperature, self.fixed_scale = teacher_scale, temperature, scale
         self.margin, self.positives = margin, positives
+        self.needs_teacher = instance > 0 or (cluster_kl > 0 and teacher_scale is not None)
         self.exchange, self.backend = Exchange.over(group), backend
         self.image_head: nn.Module = nn.Identity()
         if centre_width is not None:
@@ -124,8 +126,8 @@ class ClipCID(Method):
         if self._on_clusters():
             if drawn is None:
                 raise ValueError(
-                    "ClipCID: expected the clusters of the step (methods.centres.Drawn), got none; "
-                    "give drawn, or set the weights cluster and cluster_kl to 0"
+                    "ClipCID: expected the clusters of the step (kdengine.centres.Drawn), got "
+                    "none; give drawn, or set the weights cluster and cluster_kl to 0"
                 )
             terms |= self._clustered(student.image, teachers, drawn)
         return terms
@@ -136,7 +138,7 @@ class ClipCID(Method):
         """The terms of clusters."""
         hard, soft = "cluster" in self.weights, "cluster_kl" in self.weights
         unit = unit_rows(self.image_head(image))
-        scale, assigned = self.cluster_scale(unit), drawn.assigned
+        scale, centres, assigned = self.cluster_scale(unit), drawn.centres, drawn.assigned
         targets: dict[str, Any] = {}
         if self.positives > 1 or (soft and self.teacher_scale is None):
             targets["nearest"] = assigned.nearest
@@ -153,7 +155,8 @@ class ClipCID(Method):
             }
         found = cluster_terms(
             unit,
-            unit_rows(drawn.centres).to(unit.dtype),
+            # constants have unit length
+            (unit_rows(centres) if centres.requires_grad else centres).to(unit.dtype),
             scale,
             assigned.label,
             **targets,

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdengine.centres import fresh_rows
+
 # more clusters than a step can name
 CLUSTERS, TOP = 60, 2
 STEPS, STOP = 4, 2
@@ -136,13 +138,20 @@ def test_live_teacher_and_loss_of_clusters_alone(
     cid: Any, train_here: Any, records: Any, teacher: Path, made: dict[str, Path], tmp_path: Path
 ) -> None:
     only = {"method__clip_cid__task": 0, "method__clip_cid__instance": 0}
+    only["distill__cache"] = "None"
     live = {"distill__cache": "None", "distill__distill_model": f"local-dir:{teacher}"}
     told = train_here(
         cid("alone", **only, method__clip_cid__cluster_kl=0, train__steps=40, optim__lr=3e-3),
         cid("live", **live, train__steps=2),
+        cid("still", train__steps=1, method__clip_cid__centre_lr=1e-12),
         cid("without", method__clip_cid__cluster=0, method__clip_cid__cluster_kl=0, train__steps=2),
     )
-    assert [code for code, _ in told] == [0] * 3, told
+    assert [code for code, _ in told] == [0] * 4, told
+    step = "checkpoints/step_00000001/centres_00000.safetensors"
+    still = load_file(tmp_path / "runs" / "still" / step)
+    # neither more nor less than the learning rate times its multiple
+    torch.testing.assert_close(still["centres"], fresh_rows(0, CLUSTERS, 32, 0), rtol=0, atol=1e-9)
+    assert still["steps"].tolist() == [1] * CLUSTERS
     alone = records(tmp_path / "runs" / "alone")
     # clusters of images that were seen ten times over are learned
     first, last = (sum(r["loss"] for r in part) for part in (alone[:5], alone[-5:]))

@@ -6,15 +6,17 @@ state, so that a million of them fit. They are outside the training engine, whic
 their gradients over ranks and let momentum and weight decay move rows that no step looked at.
 
 A step looks at all centres or at a sample of them: the clusters of the batch's images, the nearest
-ones that were stored for each, and of the others each with the probability ``ratio``. The sample
-follows from seed, step and batch alone: it is the same whatever the number of ranks.
+ones that are wanted of each, and of the others each with the probability ``ratio``. The sample
+follows from seed, step and batch alone: it is the same whatever the number of ranks, but for the
+first centre of a rank that would have none.
 
 Only sampled rows move, by AdamW as if no other step had been: decay, moments and the number of
 steps in their correction are a row's own.
 
 Sampling: Partial FC (An et al. 2022) and UNICOM, whose released code decays all rows in every step;
-there, full softmax over a million noisy clusters is worse than a tenth of them. That the teacher's
-nearest are always sampled is a reconstruction.
+there, full softmax over a million noisy clusters is worse than a tenth of them. There the named
+count towards the share, here they come on top: a large batch names many (4096 images with 8 each
+about 3 % of a million). That the teacher's nearest are always sampled is a reconstruction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ from kdengine.distributed import Group
 
 # of fresh centres, as in Partial FC
 START_DEVIATION = 0.01
-# fresh rows are drawn in blocks, each from a seed of its own
+# fresh rows are drawn in blocks, each from a seed of its own; a step is taken block by block
 BLOCK = 4096
 _BITS = 31
 # what batches hold of clusters
@@ -49,8 +51,18 @@ class Assigned(NamedTuple):
     probabilities: Tensor | None = None
 
 
-def read_assigned(batches: Sequence[Mapping[str, Tensor]], scale: float) -> Assigned:
-    """What is stored of the images of some batches, in order; ``scale`` is that of ``cluster_lse``.
+class Targets(NamedTuple):
+    """What is taken of the images' nearest clusters: the first ``num``, stored at ``scale``."""
+
+    num: int
+    scale: float
+
+
+NO_TARGETS = Targets(0, 0.0)
+
+
+def read_assigned(batches: Sequence[Mapping[str, Tensor]], targets: Targets) -> Assigned:
+    """What is stored of the images of some batches, in order.
 
     Shapes: cluster [b]; with targets cluster_nearest [b, m], cluster_cosine [b, m], cluster_lse
     [b], the log-sum-exp of scale times the cosines with all clusters.
@@ -58,8 +70,9 @@ def read_assigned(batches: Sequence[Mapping[str, Tensor]], scale: float) -> Assi
     told = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if "cluster_nearest" not in told:
         return Assigned(told["cluster"])
-    logits = scale * told["cluster_cosine"] - told["cluster_lse"][:, None]
-    return Assigned(told["cluster"], told["cluster_nearest"], logits.exp())
+    cosines, nearest = (told[f"cluster_{name}"][:, : targets.num] for name in ("cosine", "nearest"))
+    logits = targets.scale * cosines - told["cluster_lse"][:, None]
+    return Assigned(told["cluster"], nearest, logits.exp())
 
 
 class Drawn(NamedTuple):
@@ -84,7 +97,7 @@ class Centres:
         width: of centres that are learned; None to have the teacher's as constants.
         teacher: the teacher's unit centroids [K, E] on the CPU, of which a part is taken to the
             device; None where nothing looks at them.
-        target_scale: of what is stored of the images' nearest clusters.
+        targets: what is taken of the images' nearest clusters.
         ratio: share of the other centres that a step looks at; 1 looks at all.
         betas: of AdamW.
         eps: of AdamW.
@@ -94,7 +107,8 @@ class Centres:
         device: of all tensors.
 
     Memory: 12 D + 4 bytes a row of a rank's part where they are learned, 4 E for a teacher's; in a
-    step, copies of the sampled rows, and 9 K bytes on every rank where there is a sample.
+    step 4 D for the gradient of each row looked at, and where there is a sample 16 D for copies of
+    these rows, and 33 K bytes for numbers on every rank.
     """
 
     def __init__(
@@ -103,7 +117,7 @@ class Centres:
         *,
         width: int | None,
         teacher: Tensor | None = None,
-        target_scale: float = 0.0,
+        targets: Targets = NO_TARGETS,
         ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
@@ -119,7 +133,7 @@ class Centres:
                 f"{world_size} ranks"
             )
         self.num_clusters, self.ratio, self.seed, self.group = num_clusters, ratio, seed, group
-        self.target_scale = target_scale
+        self.targets = targets
         self.betas, self.eps, self.wd = betas, eps, wd
         edges = [num_clusters * r // world_size for r in range(world_size + 1)]
         self._edges, self.first, self.last = edges, edges[rank], edges[rank + 1]
@@ -198,7 +212,10 @@ class Centres:
         if not applied or drawn.grad is None:
             return
         own = {name: x if rows is None else x[rows] for name, x in self._state.items()}
-        row_adamw(own, drawn.grad, lr, betas=self.betas, eps=self.eps, wd=self.wd)
+        for first in range(0, len(drawn), BLOCK):
+            part = slice(first, first + BLOCK)
+            block = {name: x[part] for name, x in own.items()}
+            row_adamw(block, drawn.grad[part], lr, betas=self.betas, eps=self.eps, wd=self.wd)
         if rows is not None:
             for name, x in own.items():
                 self._state[name][rows] = x
