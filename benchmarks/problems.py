@@ -133,12 +133,10 @@ def engine_loss(module: ModuleType, x: Inputs, objective: Objective, **options: 
         # as methods.ClipKD does: FD gives the unit rows of the other terms
         found = {name: x[name] for name in x if name.startswith("teacher")}
         x = x | {name: losses.unit_rows(y) for name, y in found.items()}
-        pairs = {
-            name: losses.unit_feature(x[name], found[f"teacher_{name}"], **options)
-            for name in ("image", "text")
-        }
-        distances = pairs["image"][0] + pairs["text"][0]
-        x |= {name: unit for name, (_, unit) in pairs.items()}
+        names = ("image", "text")
+        teachers = [found[f"teacher_{name}"] for name in names]
+        distances, units = losses.unit_feature([x[name] for name in names], teachers, **options)
+        x |= dict(zip(names, units, strict=True))
     teacher: dict[str, Any] = {
         "teacher_query": x["teacher_image"],
         "teacher_key": x["teacher_text"],

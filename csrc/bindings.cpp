@@ -9,10 +9,11 @@
 namespace py = pybind11;
 using namespace kdengine;
 
+using Many = const Matrices&;
+using One = const Matrix&;
+
 template <typename Place>
 void bind_similarity(py::module_& m) {
-  using Many = const Matrices&;
-  using One = const Matrix&;
   m.def("similarity_statistics",
         py::overload_cast<Many, Many, Many, Many, Place>(&similarity_statistics),
         py::call_guard<py::gil_scoped_release>());
@@ -26,10 +27,10 @@ void bind_similarity(py::module_& m) {
 template <typename Place>
 void bind_ops(py::module_& m) {
   bind_similarity<Place>(m);
-  using In = const Matrix&;
-  m.def("feature_forward", py::overload_cast<In, In, In, In, bool, Place>(&feature_forward),
+  m.def("feature_forward", py::overload_cast<Many, Many, One, Many, bool, Place>(&feature_forward),
         py::call_guard<py::gil_scoped_release>());
-  m.def("feature_backward", py::overload_cast<In, In, In, In, In, bool, Place>(&feature_backward),
+  m.def("feature_backward",
+        py::overload_cast<Many, Many, One, Many, Many, bool, Place>(&feature_backward),
         py::call_guard<py::gil_scoped_release>());
 }
 
@@ -50,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Emulated>(m, "Emulated").def(py::init<bool>(), py::arg("late"));
   bind_similarity<Emulated>(m);
 #ifdef KDENGINE_WITH_CUDA
-  py::class_<Cuda>(m, "Cuda").def(py::init<uintptr_t>(), py::arg("stream"));
+  py::class_<Cuda>(m, "Cuda").def(py::init<uintptr_t, int>(), py::arg("stream"), py::arg("device"));
   bind_ops<Cuda>(m);
 #endif
   // the architectures that it was built for, nothing without CUDA

@@ -23,49 +23,35 @@ void with_elements(const Matrix& student, const Matrix& teacher, F&& f) {
   });
 }
 
-template <typename S, typename T, typename R>
-Pair<S, T, OneLane<R>, 0> pair_of(const Matrix& student, const Matrix& teacher, int64_t row) {
-  return {static_cast<const S*>(student.data) + row * student.stride,
-          static_cast<const T*>(teacher.data) + row * teacher.stride,
-          student.cols,
-          false,
-          {}};
-}
-
 }  // namespace
 
-void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     const Matrix& unit, bool normalize, Cpu cpu) {
-  check_feature(student, teacher, distance);
-  if (!is_absent(unit)) check_like(student, "unit rows", unit);
-  with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
+void feature_forward(const Matrices& students, const Matrices& teachers, const Matrix& distance,
+                     const Matrices& units, bool normalize, Cpu cpu) {
+  const Towers a = unpack_towers(students, teachers, distance, units, {}, normalize);
+  with_elements(students[0], teachers[0], [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;
     using R = decltype(number);
-    S* const units = is_absent(unit) ? nullptr : static_cast<S*>(unit.data);
-#pragma omp parallel for num_threads(cpu.threads)
-    for (int64_t row = 0; row < student.rows; ++row)
-      static_cast<R*>(distance.data)[row] =
-          row_distance(pair_of<S, T, R>(student, teacher, row), normalize,
-                       row_of(units, row, unit.stride), false);
+#pragma omp parallel for collapse(2) num_threads(cpu.threads)
+    for (int i = 0; i < a.count; ++i)
+      for (int64_t row = 0; row < distance.cols; ++row)
+        row_of<R>(distance, i)[row] = row_distance(pair_of<S, T, 0>(a, i, row, OneLane<R>()),
+                                                   normalize, row_of<S>(a.at[i].unit, row));
   });
 }
 
-void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
-                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu) {
-  check_feature(student, teacher, grad);
-  if (!is_absent(grad_unit)) check_like(student, "unit rows", grad_unit);
-  check_like(student, "a gradient", out);
-  with_elements(student, teacher, [&](auto* s, auto* t, auto number) {
+void feature_backward(const Matrices& students, const Matrices& teachers, const Matrix& grad,
+                      const Matrices& grad_units, const Matrices& outs, bool normalize, Cpu cpu) {
+  const Towers a = unpack_towers(students, teachers, grad, grad_units, outs, normalize);
+  with_elements(students[0], teachers[0], [&](auto* s, auto* t, auto number) {
     using S = std::remove_pointer_t<decltype(s)>;
     using T = std::remove_pointer_t<decltype(t)>;
     using R = decltype(number);
-    const S* const more = is_absent(grad_unit) ? nullptr : static_cast<const S*>(grad_unit.data);
-#pragma omp parallel for num_threads(cpu.threads)
-    for (int64_t row = 0; row < student.rows; ++row)
-      row_gradient(pair_of<S, T, R>(student, teacher, row), static_cast<const R*>(grad.data)[row],
-                   row_of(more, row, grad_unit.stride), normalize,
-                   static_cast<S*>(out.data) + row * out.stride, false);
+#pragma omp parallel for collapse(2) num_threads(cpu.threads)
+    for (int i = 0; i < a.count; ++i)
+      for (int64_t row = 0; row < grad.cols; ++row)
+        row_gradient(pair_of<S, T, 0>(a, i, row, OneLane<R>()), row_of<const R>(grad, i)[row],
+                     row_of<const S>(a.at[i].unit, row), normalize, row_of<S>(a.at[i].out, row));
   });
 }
 

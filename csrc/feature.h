@@ -17,34 +17,77 @@
 
 namespace kdengine {
 
-// `unit`, the x_i, and `grad_unit`, the w, have the student's type and shape, or no rows at all.
-void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     const Matrix& unit, bool normalize, Cpu cpu);
-void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
-                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cpu cpu);
-void feature_forward(const Matrix& student, const Matrix& teacher, const Matrix& distance,
-                     const Matrix& unit, bool normalize, Cuda cuda);
-void feature_backward(const Matrix& student, const Matrix& teacher, const Matrix& grad,
-                      const Matrix& grad_unit, const Matrix& out, bool normalize, Cuda cuda);
+// A pair of matrices a tower, all pairs of one shape and one pair of types, in one launch.
+// `distance` and `grad` are [towers, B]. `units`, the x_i, and `grad_units`, the w, are like the
+// students, or without rows.
+void feature_forward(const Matrices& students, const Matrices& teachers, const Matrix& distance,
+                     const Matrices& units, bool normalize, Cpu cpu);
+void feature_backward(const Matrices& students, const Matrices& teachers, const Matrix& grad,
+                      const Matrices& grad_units, const Matrices& outs, bool normalize, Cpu cpu);
+void feature_forward(const Matrices& students, const Matrices& teachers, const Matrix& distance,
+                     const Matrices& units, bool normalize, Cuda cuda);
+void feature_backward(const Matrices& students, const Matrices& teachers, const Matrix& grad,
+                      const Matrices& grad_units, const Matrices& outs, bool normalize, Cuda cuda);
 
-// student, teacher: [B, E]; per_row, one number a row: [1, B] float32 (float64 on the host)
-inline void check_feature(const Matrix& student, const Matrix& teacher, const Matrix& per_row) {
+constexpr int kTowers = 4;  // of a launch at most
+
+struct Tower {
+  Matrix student, teacher, unit, out;  // `unit`: the x_i, or what is wanted of them
+};
+
+// What a launch is over, forward and backward.
+struct Towers {
+  Tower at[kTowers];
+  Matrix per_row;  // distances, or their gradients
+  int count;
+  bool aligned, normalize;
+};
+
+// float64 on the host alone
+inline void check_tower(const Tower& first, const Tower& a) {
+  const Matrix &student = a.student, &teacher = a.teacher;
   expect(student.rows == teacher.rows && student.cols == teacher.cols,
          "feature: expected student and teacher of one shape (B, E); ", shape_of(student), " and ",
          shape_of(teacher), " came");
-  expect(per_row.rows == 1 && per_row.cols == student.rows, "feature: expected (1, ", student.rows,
-         ") numbers, one a row; ", shape_of(per_row), " came");
-  const bool is_double = student.dtype == Dtype::f64 && teacher.dtype == Dtype::f64;
-  const Dtype real = is_double ? Dtype::f64 : Dtype::f32;
-  expect(per_row.dtype == real, "feature: expected ", name_of(real), " numbers, one a row; ",
-         shape_of(per_row), " came");
+  const auto like = [](const Matrix& x, const Matrix& y) {
+    return x.rows == y.rows && x.cols == y.cols && x.dtype == y.dtype;
+  };
+  expect(like(student, first.student) && like(teacher, first.teacher),
+         "feature: expected towers of one shape and type, ", shape_of(first.student), " and ",
+         shape_of(first.teacher), "; ", shape_of(student), " and ", shape_of(teacher), " came");
+  expect(is_absent(a.unit) || like(a.unit, student),
+         "feature: expected unit rows like the student, ", shape_of(student), "; ",
+         shape_of(a.unit), " came");
+  expect(is_absent(a.out) || like(a.out, student),
+         "feature: expected a gradient like the student, ", shape_of(student), "; ",
+         shape_of(a.out), " came");
 }
 
-// What has the student's shape and type: "unit rows", "a gradient".
-inline void check_like(const Matrix& student, const char* what, const Matrix& x) {
-  expect(x.rows == student.rows && x.cols == student.cols && x.dtype == student.dtype,
-         "feature: expected ", what, " like the student, ", shape_of(student), "; ", shape_of(x),
-         " came");
+// `outs` may be empty.
+inline Towers unpack_towers(const Matrices& students, const Matrices& teachers,
+                            const Matrix& per_row, const Matrices& units, const Matrices& outs,
+                            bool normalize) {
+  const size_t count = students.size();
+  expect(count > 0 && count <= kTowers && teachers.size() == count && units.size() == count &&
+             (outs.empty() || outs.size() == count),
+         "feature: expected lists of one length, 1 to ", kTowers, "; ", count, " students, ",
+         teachers.size(), " teachers, ", units.size(), " unit rows and ", outs.size(),
+         " gradients came");
+  Towers to = {{}, per_row, static_cast<int>(count), true, normalize};
+  for (size_t i = 0; i < count; ++i) {
+    const Tower& a =
+        to.at[i] = {students[i], teachers[i], units[i], outs.empty() ? Matrix{} : outs[i]};
+    check_tower(to.at[0], a);
+    for (const Matrix* x : {&a.student, &a.teacher, &a.unit, &a.out})
+      to.aligned = to.aligned && (is_absent(*x) || is_aligned(*x));
+  }
+  const Matrix& student = students[0];
+  const bool is_double = student.dtype == Dtype::f64 && teachers[0].dtype == Dtype::f64;
+  const Dtype real = is_double ? Dtype::f64 : Dtype::f32;
+  expect(per_row.rows == to.count && per_row.cols == student.rows && per_row.dtype == real,
+         "feature: expected (", count, ", ", student.rows, ") ", name_of(real),
+         " numbers, one a row; ", shape_of(per_row), " came");
+  return to;
 }
 
 // as torch.nn.functional.normalize: shorter rows are divided by this
@@ -134,9 +177,17 @@ KD_HD Norms<typename P::R> norms(const P& pair, bool normalize) {
   return {1 / bounded(length), 1 / bounded(other), length};
 }
 
+// A row of a tower.
+template <typename S, typename T, int KEPT, typename Lanes>
+KD_HD Pair<S, T, Lanes, KEPT> pair_of(const Towers& a, int tower, int64_t row, Lanes lanes) {
+  const Tower& at = a.at[tower];
+  return {row_of<const S>(at.student, row), row_of<const T>(at.teacher, row), at.student.cols,
+          a.aligned, lanes};
+}
+
 // The unit rows go to `unit`, unless it is null.
 template <typename P, typename S>
-KD_HD typename P::R row_distance(const P& pair, bool normalize, S* unit, bool aligned) {
+KD_HD typename P::R row_distance(const P& pair, bool normalize, S* unit) {
   using R = typename P::R;
   const Norms<R> norm = norms(pair, normalize);
   if (unit) {
@@ -144,7 +195,7 @@ KD_HD typename P::R row_distance(const P& pair, bool normalize, S* unit, bool al
       R x[8];
       KD_UNROLL
       for (int i = 0; i < 8; ++i) x[i] = a[i] * norm.student;
-      store8(unit + pair.at(k), pair.count(k), aligned, x);
+      store8(unit + pair.at(k), pair.count(k), pair.aligned, x);
     });
   }
   return pair.sum([&](R a, R b) {
@@ -155,14 +206,13 @@ KD_HD typename P::R row_distance(const P& pair, bool normalize, S* unit, bool al
 
 // `more`: gradient of the unit row, or null.
 template <typename P, typename S>
-KD_HD void row_gradient(const P& pair, typename P::R grad, const S* more, bool normalize, S* out,
-                        bool aligned) {
+KD_HD void row_gradient(const P& pair, typename P::R grad, const S* more, bool normalize, S* out) {
   using R = typename P::R;
   const Norms<R> norm = norms(pair, normalize);
   const R up = 2 * grad;
   const auto pull = [&](int64_t k, const R(&a)[8], const R(&b)[8], R(&p)[8]) {
     R w[8] = {};
-    if (more) load8(more + pair.at(k), pair.count(k), aligned, w);
+    if (more) load8(more + pair.at(k), pair.count(k), pair.aligned, w);
     KD_UNROLL
     for (int i = 0; i < 8; ++i) p[i] = up * (a[i] * norm.student - b[i] * norm.teacher) + w[i];
   };
@@ -184,7 +234,7 @@ KD_HD void row_gradient(const P& pair, typename P::R grad, const S* more, bool n
       KD_UNROLL
       for (int i = 0; i < 8; ++i) p[i] = (p[i] - radial * (a[i] * norm.student)) * norm.student;
     }
-    store8(out + pair.at(k), pair.count(k), aligned, p);
+    store8(out + pair.at(k), pair.count(k), pair.aligned, p);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "element.h"
 
@@ -30,13 +31,20 @@ struct Matrix {
   Dtype dtype;
 };
 
+using Matrices = std::vector<Matrix>;
+
 // Of an input or result that a call leaves out.
-inline bool is_absent(const Matrix& x) { return x.rows == 0 || x.cols == 0; }
+KD_HD bool is_absent(const Matrix& x) { return x.rows == 0 || x.cols == 0; }
 
 // Row `row`, or null where the matrix is absent.
 template <typename T>
-KD_HD T* row_of(T* data, int64_t row, int64_t stride) {
-  return data ? data + row * stride : nullptr;
+KD_HD T* row_of(const Matrix& x, int64_t row) {
+  return is_absent(x) ? nullptr : static_cast<T*>(x.data) + row * x.stride;
+}
+
+// Whether every row begins at a multiple of 16 bytes.
+inline bool is_aligned(const Matrix& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride * size_of(x.dtype) % 16 == 0;
 }
 
 inline std::string shape_of(const Matrix& x) {
@@ -50,7 +58,8 @@ struct Cpu {
 };
 
 struct Cuda {
-  uintptr_t stream;  // a cudaStream_t of the current device
+  uintptr_t stream;  // a cudaStream_t of the device
+  int device;
 };
 
 // Raises ValueError in Python; the message says who, what was expected and what came.

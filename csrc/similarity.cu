@@ -42,17 +42,13 @@ __global__ void __launch_bounds__(kWarp* kGroups)
   if (is_here && group == 0) a.finish(side, item, [&](int i) { return found[i][lane]; });
 }
 
-// A tile a block, with shared memory that a kernel must be allowed to have first.
+// A tile a block.
 template <typename A>
-void launch(void (*kernel)(A), const A& a, const Matrix& x, Cuda cuda) {
+void launch_tiles(void (*kernel)(A), const A& a, const Matrix& x, Cuda cuda) {
   const int64_t tiles = num_tiles(a.rows) * num_tiles(a.cols);
-  if (tiles == 0) return;
   expect(tiles < int64_t(1) << 31, "similarity: expected fewer tiles than 2^31; ", shape_of(x),
          " came");
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  kernel<<<static_cast<unsigned>(tiles), kThreads, kSharedBytes,
-           reinterpret_cast<cudaStream_t>(cuda.stream)>>>(a);
-  check_launch("similarity", x);
+  launch("similarity.cu", x, kernel, static_cast<unsigned>(tiles), kThreads, kSharedBytes, cuda, a);
 }
 
 }  // namespace
@@ -61,7 +57,7 @@ void similarity_statistics(const Matrices& logits, const Matrices& labels, const
                            const Matrices& outs, Cuda cuda) {
   const Statistics<float> a = unpack_statistics<float>(logits, labels, parts, outs);
   with_elements(logits, [&](auto* s, auto* t) {
-    launch(
+    launch_tiles(
         statistics_kernel<std::remove_pointer_t<decltype(s)>, std::remove_pointer_t<decltype(t)>>,
         a, logits[0], cuda);
   });
@@ -71,19 +67,18 @@ void similarity_finalise(const Matrices& parts, const Matrices& outs, bool fresh
   const Finalise a = unpack_finalise(parts, outs, fresh);
   int64_t items = 0;
   for (const Side<float>& side : a.sides) items = std::max(items, side.items);
-  if (items == 0) return;
   const dim3 blocks(static_cast<unsigned>((items + kWarp - 1) / kWarp), 4);
-  finalise_kernel<<<blocks, kWarp * kGroups, 0, reinterpret_cast<cudaStream_t>(cuda.stream)>>>(a);
-  check_launch("similarity", outs[0]);
+  launch("similarity.cu", outs[0], finalise_kernel, blocks, kWarp * kGroups, 0, cuda, a);
 }
 
 void similarity_gradient(const Matrices& logits, const Matrices& labels, const Matrices& pulls,
                          const Matrix& residual, const Matrix& unit, const Matrix& out, Cuda cuda) {
   const Gradient<float> a = unpack_gradient<float>(logits, labels, pulls, residual, unit, out);
   with_strip(logits, out, [&](auto* s, auto* t, auto* o) {
-    launch(gradient_kernel<std::remove_pointer_t<decltype(s)>, std::remove_pointer_t<decltype(t)>,
-                           std::remove_pointer_t<decltype(o)>>,
-           a, logits[0], cuda);
+    launch_tiles(
+        gradient_kernel<std::remove_pointer_t<decltype(s)>, std::remove_pointer_t<decltype(t)>,
+                        std::remove_pointer_t<decltype(o)>>,
+        a, logits[0], cuda);
   });
 }
 

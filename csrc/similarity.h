@@ -12,13 +12,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "matrix.h"
 
 namespace kdengine {
-
-using Matrices = std::vector<Matrix>;
 
 // Runs the code of the GPU's blocks on the host. Copies into shared memory are done when they are
 // issued, or, if late, not before they are waited for.

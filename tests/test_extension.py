@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,18 +77,45 @@ def test_a_wrong_setting_of_the_build_is_refused(
 @BUILT
 def test_a_wrong_shape_is_refused_by_the_extension() -> None:
     x, none = torch.zeros(3, 4), torch.empty(0)
+    narrow = torch.zeros(3, 5)
     with pytest.raises(ValueError, match=r"one shape \(B, E\); \(3, 4\) float32 and \(3, 5\)"):
-        extension.call("feature_forward", x, torch.zeros(3, 5), torch.zeros(3), none, False)
-    with pytest.raises(ValueError, match=r"expected \(1, 3\) numbers, one a row; \(1, 2\)"):
-        extension.call("feature_forward", x, x, torch.zeros(2), none, False)
+        extension.call("feature_forward", [x], [narrow], torch.zeros(1, 3), [none], False)
+    with pytest.raises(ValueError, match=r"towers of one shape and type, \(3, 4\) float32 and"):
+        towers = [x, narrow], [x, narrow]
+        extension.call("feature_forward", *towers, torch.zeros(2, 3), [none, none], False)
+    with pytest.raises(ValueError, match=r"lists of one length, 1 to 4; 5 students, 5 teachers"):
+        extension.call("feature_forward", [x] * 5, [x] * 5, torch.zeros(5, 3), [none] * 5, False)
+    with pytest.raises(ValueError, match=r"lists of one length, 1 to 4; 2 students, 1 teachers"):
+        extension.call("feature_forward", [x] * 2, [x], torch.zeros(2, 3), [none], False)
+    with pytest.raises(ValueError, match=r"expected \(1, 3\) float32 numbers.*; \(1, 2\)"):
+        extension.call("feature_forward", [x], [x], torch.zeros(1, 2), [none], False)
     with pytest.raises(ValueError, match=r"float32, bfloat16 or float16; \(3, 4\) float64 came"):
-        extension.call("feature_forward", x.double(), x, torch.zeros(3), none, False)
+        extension.call("feature_forward", [x.double()], [x], torch.zeros(1, 3), [none], False)
     with pytest.raises(ValueError, match=r"like the student, \(3, 4\) float32; \(3, 4\) float64"):
-        extension.call("feature_forward", x, x, torch.zeros(3), x.double(), False)
+        extension.call("feature_forward", [x], [x], torch.zeros(1, 3), [x.double()], False)
     with pytest.raises(
         ValueError, match=r"a gradient like the student, \(3, 4\) float32; \(3, 2\)"
     ):
-        extension.call("feature_backward", x, x, torch.zeros(3), none, x[:, :2], False)
+        per_row = torch.zeros(1, 3)
+        extension.call("feature_backward", [x], [x], per_row, [none], [x[:, :2]], False)
+
+
+@pytest.mark.skipif(
+    bool(extension.why_not("cuda")) or torch.cuda.is_available(),
+    reason="needs kdengine._C with GPU code, and no GPU",
+)
+def test_a_launch_that_fails_names_file_shape_and_reason() -> None:
+    x = torch.zeros(3, 4)
+    module = extension.load()
+    place = module.Cuda(stream=0, device=0)
+
+    def matrix(y: torch.Tensor) -> Any:
+        return module.Matrix(y.data_ptr(), *y.shape, y.stride(0), module.Dtype.float32)
+
+    one, none = [matrix(x)], [matrix(torch.empty(0, 0))]
+    message = r"feature\.cu: a CUDA kernel over \(3, 4\) float32 could not be launched \(.*\)"
+    with pytest.raises(RuntimeError, match=message):
+        module.feature_forward(one, one, matrix(torch.zeros(1, 3)), none, False, place)
 
 
 def test_a_missing_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,14 @@ def test_feature_refuses_with_advice(pair: tuple, options: dict, message: str) -
         losses.feature(*pair, **options)
 
 
+def test_modalities_of_several_shapes_are_refused() -> None:
+    students = [unit(4, 3), unit(4, 2)]
+    with pytest.raises(ValueError, match=r"unit_feature: .* the shapes \[\(4, 2\), \(4, 3\)\]"):
+        losses.unit_feature(students, students)
+    with pytest.raises(ValueError, match="unit_feature: .*; 2 and 1 came"):
+        losses.unit_feature([students[0]] * 2, [students[0]])
+
+
 def test_interactive_contrastive_refuses_a_teacher_that_learns() -> None:
     features = [unit(4, 3) for _ in range(3)]
     with pytest.raises(ValueError, match="interactive_contrastive: teacher_text is a constant"):

@@ -277,23 +277,32 @@ def feature(
 
 
 def unit_feature(
-    student: Tensor,
-    teacher: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     *,
     reduction: str = "mean",
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """FD of normalised rows, and these rows for the losses that share them.
+) -> tuple[Tensor, list[Tensor]]:
+    """FD of normalised rows, summed over modalities, and these rows for the losses that share them.
 
-    The backward adds up what FD and those losses want and goes through the normalisation once.
+    The backward adds up what FD and those losses want and goes through the normalisation once, in
+    one launch for all modalities.
 
-    Shapes, raises: as ``feature``.
-    Returns: ``feature`` with ``normalize``, and ``unit_rows`` of the student, (N, E).
-    Gradients: student; first order only.
+    Shapes: students, teachers: a matrix a modality, up to four, all (N, E). Raises: as ``feature``,
+    and ValueError for modalities of several shapes.
+    Returns: the sum of ``feature`` with ``normalize``, and ``unit_rows`` of each student, (N, E).
+    Gradients: students; first order only.
     """
-    width = _check_feature("unit_feature", student, teacher, reduction)
-    distances, units = unit_feature_op(student, teacher, backend=backend)
-    return distances.mean() / width, units
+    who, shapes = "unit_feature", {tuple(x.shape) for x in students}
+    if len(students) != len(teachers) or len(shapes) != 1:
+        raise ValueError(
+            f"{who}: expected as many students as teachers, all of one shape; {len(students)} and "
+            f"{len(teachers)} came, of the shapes {sorted(shapes)}; call it once for each shape"
+        )
+    pairs = zip(students, teachers, strict=True)
+    width = [_check_feature(who, *pair, reduction) for pair in pairs][0]
+    distances, units = unit_feature_op(students, teachers, backend=backend)
+    return distances.sum() / (distances.shape[1] * width), units
 
 
 def _check_feature(who: str, student: Tensor, teacher: Tensor, reduction: str) -> int:

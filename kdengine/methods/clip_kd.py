@@ -45,7 +45,6 @@ from kdengine.losses import (
     augmented_feature,
     ensemble,
     ensemble_width,
-    feature,
     gradient,
     interactive_contrastive,
     unit_feature,
@@ -230,14 +229,17 @@ class ClipKD(Method):
         """Unit rows of the student in the teacher's width, and FD where it has a weight."""
         if self.fd_name not in self.weights:
             return unit_features(student), {}
-        how: dict[str, Any] = {"reduction": self.fd_reduction, "backend": self.backend}
-        if masked is None or self.mask_all:
-            seen, image = unit_feature(student.image, teacher.image, **how)
-        else:
+        is_masked = masked is not None and not self.mask_all
+        image = self.image_head(masked) if is_masked else student.image
+        loss, (image, text) = unit_feature(
+            [image, student.text],
+            [teacher.image, teacher.text],
+            reduction=self.fd_reduction,
+            backend=self.backend,
+        )
+        if is_masked:
             image = unit_rows(student.image)
-            seen = feature(self.image_head(masked), teacher.image, normalize=True, **how)
-        read, text = unit_feature(student.text, teacher.text, **how)
-        return Features(image, text, student.scale), {self.fd_name: seen + read}
+        return Features(image, text, student.scale), {self.fd_name: loss}
 
     def _compared(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """ICL and GD, of unit rows in the teacher's width."""

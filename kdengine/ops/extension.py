@@ -41,7 +41,8 @@ def call(name: str, *args: Tensor | Sequence[Tensor] | bool) -> None:
     """Run a function of the extension where its first tensor lies.
 
     Tensors have at most two dimensions and neighbouring elements in a row; results among them are
-    written. On a GPU it runs on the current stream, on the CPU on torch's number of threads.
+    written. On a GPU it runs on the current stream of its device, on the CPU on torch's number of
+    threads.
     """
     module = load()
     # addresses keep no tensor alive: ``args`` does, until the call is over
@@ -54,7 +55,8 @@ def call(name: str, *args: Tensor | Sequence[Tensor] | bool) -> None:
 def place(module: ModuleType, device: torch.device) -> Any:
     """Where the extension runs for tensors of a device."""
     if device.type == "cuda":
-        return module.Cuda(torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device)
+        return module.Cuda(stream.cuda_stream, stream.device_index)
     return module.Cpu(torch.get_num_threads())
 
 

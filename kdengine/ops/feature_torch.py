@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``torch`` backend of ``feature``: strips of rows, on any device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,26 +13,45 @@ STRIP_BYTES = 1 << 20
 MIN_NORM = 1e-12
 
 
-def forward(student: Tensor, teacher: Tensor, normalize: bool, unit: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], normalize: bool, unit: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Squared distance of each pair of rows, and unit rows; see ``kdengine.ops.feature``."""
-    dtype = statistics_dtype(student, teacher)
-    distances = student.new_empty(len(student), dtype=dtype)
-    units = student.new_empty(student.shape if unit else (0,))
-    for rows in _strips(student, dtype):
-        x, u = student[rows].to(dtype), teacher[rows].to(dtype)
-        if normalize:
-            x, u = x / _norm(x), u / _norm(u)
-        if unit:
-            units[rows] = x
-        torch.sum((x - u).square_(), 1, out=distances[rows])
+    dtype = statistics_dtype(*students, *teachers)
+    distances = students[0].new_empty((len(students), len(students[0])), dtype=dtype)
+    units = [x.new_empty(x.shape) for x in students if unit]
+    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        for rows in _strips(student, dtype):
+            x, u = student[rows].to(dtype), teacher[rows].to(dtype)
+            if normalize:
+                x, u = x / _norm(x), u / _norm(u)
+            if unit:
+                units[i][rows] = x
+            torch.sum((x - u).square_(), 1, out=distances[i, rows])
     return distances, units
 
 
 def backward(
-    grad: Tensor, grad_unit: Tensor | None, student: Tensor, teacher: Tensor, normalize: bool
+    grad: Tensor,
+    grad_units: Sequence[Tensor],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    normalize: bool,
+) -> list[Tensor]:
+    """Gradients of the students; ``grad_units`` are those of their unit rows, or empty."""
+    dtype = statistics_dtype(*students, *teachers)
+    towers = zip(grad, grad_units, students, teachers, strict=True)
+    return [_tower_backward(*tower, normalize, dtype) for tower in towers]
+
+
+def _tower_backward(
+    grad: Tensor,
+    grad_unit: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    normalize: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of student; ``grad_unit`` is that of its unit rows."""
-    dtype = statistics_dtype(student, teacher)
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
     for rows in _strips(student, dtype):
         x, u = student[rows].to(dtype), teacher[rows].to(dtype)
@@ -43,7 +62,7 @@ def backward(
         norm = _norm(x)
         unit = x / norm
         pull = (unit - u / _norm(u)).mul_(up)
-        if grad_unit is not None:
+        if grad_unit.numel():
             pull += grad_unit[rows]
         # only the part across the row survives, unless its length was bounded
         radial = torch.where(norm > MIN_NORM, (unit * pull).sum(1, keepdim=True), 0)

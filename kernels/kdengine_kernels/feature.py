@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``triton`` backend of ``feature``: one program a row, one pass over memory each way.
+"""The ``triton`` backend of ``feature``: one program a row, all towers in one launch.
 
     distance_i = ||x_i - u_i||^2,   x = student / max(||student||, 1e-12), u likewise
 
@@ -8,9 +8,11 @@ asked for, and p = 2 g (x - u) + d x_i:
 
     d student_i = (p - x (x . p)) / ||student_i||
 
-Bytes: forward ``B E (student + teacher)`` and the unit rows once, backward the same and the
-gradient once.
+One pass over memory each way. Bytes of a tower: forward ``B E (student + teacher)`` and the unit
+rows once, backward the same and the gradient once.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -28,7 +30,7 @@ def _load_row(x, row, stride, cols, here):
 
 
 @triton.jit
-def _feature_forward_kernel(
+def _forward_row(
     student,
     teacher,
     distance,
@@ -54,7 +56,7 @@ def _feature_forward_kernel(
 
 
 @triton.jit
-def _feature_backward_kernel(
+def _backward_row(
     grad,
     grad_unit,
     student,
@@ -89,53 +91,130 @@ def _feature_backward_kernel(
     tl.store(out + row.to(tl.int64) * width + cols, g.to(out.dtype.element_ty), mask=here)
 
 
-def forward(student: Tensor, teacher: Tensor, normalize: bool, unit: bool) -> tuple[Tensor, Tensor]:
+# a program a row and tower; what differs between towers comes in tuples
+@triton.jit
+def _feature_forward_kernel(
+    students,
+    teachers,
+    distance,
+    units,
+    student_strides,
+    teacher_strides,
+    width,
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tower = tl.program_id(1)
+    for i in tl.static_range(len(students)):
+        if tower == i:
+            _forward_row(
+                students[i],
+                teachers[i],
+                distance + i * tl.num_programs(0),
+                units[i],
+                student_strides[i],
+                teacher_strides[i],
+                width,
+                NORMALIZE,
+                UNIT,
+                BLOCK,
+            )
+
+
+@triton.jit
+def _feature_backward_kernel(
+    grad,
+    grad_units,
+    students,
+    teachers,
+    outs,
+    unit_strides,
+    student_strides,
+    teacher_strides,
+    width,
+    NORMALIZE: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tower = tl.program_id(1)
+    for i in tl.static_range(len(students)):
+        if tower == i:
+            _backward_row(
+                grad + i * tl.num_programs(0),
+                grad_units[i],
+                students[i],
+                teachers[i],
+                outs[i],
+                unit_strides[i],
+                student_strides[i],
+                teacher_strides[i],
+                width,
+                NORMALIZE,
+                UNITS[i],
+                BLOCK,
+            )
+
+
+def forward(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], normalize: bool, unit: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Squared distance of each pair of rows, and unit rows; see ``kdengine.ops.feature``."""
-    student, teacher = _rows(student), _rows(teacher)
-    distance = student.new_empty(len(student), dtype=torch.float32)
-    units = student.new_empty(student.shape if unit else (0,))
-    block, warps = _launch_size(student)
-    _feature_forward_kernel[(len(student),)](
-        student,
-        teacher,
-        distance,
-        units,
-        student.stride(0),
-        teacher.stride(0),
-        student.shape[1],
+    ours, theirs = ([_rows(x) for x in one] for one in (students, teachers))
+    num_rows, width = ours[0].shape
+    distances = ours[0].new_empty((len(ours), num_rows), dtype=torch.float32)
+    units = [x.new_empty(x.shape if unit else (0,)) for x in ours]
+    block, warps = _launch_size(width)
+    _feature_forward_kernel[(num_rows, len(ours))](
+        tuple(ours),
+        tuple(theirs),
+        distances,
+        tuple(units),
+        _strides(ours),
+        _strides(theirs),
+        width,
         NORMALIZE=normalize,
         UNIT=unit,
         BLOCK=block,
         num_warps=warps,
     )
-    return distance, units
+    return distances, units if unit else []
 
 
 def backward(
-    grad: Tensor, grad_unit: Tensor | None, student: Tensor, teacher: Tensor, normalize: bool
-) -> Tensor:
-    """Gradient of student; ``grad_unit`` is that of its unit rows."""
-    student, teacher = _rows(student), _rows(teacher)
-    pulls = student if grad_unit is None else _rows(grad_unit)
-    out = student.new_empty(student.shape)
-    block, warps = _launch_size(student)
-    _feature_backward_kernel[(len(student),)](
+    grad: Tensor,
+    grad_units: Sequence[Tensor],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    normalize: bool,
+) -> list[Tensor]:
+    """Gradients of the students; ``grad_units`` are those of their unit rows, or empty."""
+    ours, theirs = ([_rows(x) for x in one] for one in (students, teachers))
+    pulls = [_rows(x) if x.numel() else y for x, y in zip(grad_units, ours, strict=True)]
+    outs = [x.new_empty(x.shape) for x in ours]
+    num_rows, width = ours[0].shape
+    block, warps = _launch_size(width)
+    _feature_backward_kernel[(num_rows, len(ours))](
         # an upstream gradient may be an expanded scalar
         grad.contiguous(),
-        pulls,
-        student,
-        teacher,
-        out,
-        pulls.stride(0),
-        student.stride(0),
-        teacher.stride(0),
-        student.shape[1],
+        tuple(pulls),
+        tuple(ours),
+        tuple(theirs),
+        tuple(outs),
+        _strides(pulls),
+        _strides(ours),
+        _strides(theirs),
+        width,
         NORMALIZE=normalize,
-        UNIT=grad_unit is not None,
+        UNITS=tuple(x.numel() > 0 for x in grad_units),
         BLOCK=block,
         num_warps=warps,
     )
-    return out
+    return outs
+
+
+def _strides(xs: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(x.stride(0) for x in xs)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -143,13 +222,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launch_size(x: Tensor) -> tuple[int, int]:
+def _launch_size(width: int) -> tuple[int, int]:
     """Elements of a program and its warps.
 
     Raises:
         RuntimeError: a row that one program cannot hold.
     """
-    width = x.shape[1]
     if width > MAX_WIDTH:
         raise RuntimeError(
             f"feature: backend triton holds rows of up to {MAX_WIDTH} elements; {width} came; "

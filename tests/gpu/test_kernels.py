@@ -176,23 +176,27 @@ def test_gradient_distillation_equals_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5), (1000, 512), (4097, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (1000, 512), (4097, 640), (33, 1500)], ids=str)
 def test_unit_rows_come_with_the_distances(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    x, u = (3 * torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    x, y, u, v = (3 * torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
     weights = torch.randn(shape, device="cuda").to(dtype)
 
-    def run(x: Tensor, u: Tensor, backend: str | None) -> list[Tensor]:
-        x = x.clone().requires_grad_()
+    def run(students: list[Tensor], teachers: list[Tensor], backend: str | None) -> list[Tensor]:
+        students = [z.clone().requires_grad_() for z in students]
         if backend:
-            distances, rows = unit_feature(x, u, backend=backend)
+            distances, rows = unit_feature(students, teachers, backend=backend)
         else:
-            rows = F.normalize(x, dim=1)
-            distances = (rows - F.normalize(u, dim=1)).square().sum(1)
-        total = (weights.to(rows.dtype) * rows).double().sum() + 3 * distances.double().sum()
-        return [distances, rows, *torch.autograd.grad(total, x)]
+            rows = [F.normalize(z, dim=1) for z in students]
+            pairs = zip(rows, teachers, strict=True)
+            distances = torch.stack([(z - F.normalize(t, dim=1)).square().sum(1) for z, t in pairs])
+        total = sum((i + weights.to(z.dtype) * z).double().sum() for i, z in enumerate(rows))
+        total = total + 3 * distances.double().sum()
+        return [distances, *rows, *torch.autograd.grad(total, students)]
 
-    truth = run(x.double(), u.double(), None)
-    for name, found in (("triton", run(x, u, "triton")), ("torch", run(x, u, "torch"))):
-        for y, true_y in zip(found, truth, strict=True):
-            limit = 2 * max(1e-6, torch.finfo(y.dtype).eps)
-            assert (y.double() - true_y).norm() <= limit * true_y.norm().clamp(min=1), name
+    truth = run([x.double(), y.double()], [u.double(), v.double()], None)
+    for name in ("torch", "triton", "cuda"):
+        if _backend.why_not("feature", name, [x]):
+            continue
+        for z, true_z in zip(run([x, y], [u, v], name), truth, strict=True):
+            limit = 2 * max(1e-6, torch.finfo(z.dtype).eps)
+            assert (z.double() - true_z).norm() <= limit * true_z.norm().clamp(min=1), name

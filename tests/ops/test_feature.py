@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``feature`` on both backends: dense truth, custom op contract, strips, refusals."""
+"""The op ``feature`` on its backends: dense truth, custom op contract, strips, refusals."""
 
 import functools
 import os
@@ -113,46 +113,78 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
-def shared(student: Tensor, teacher: Tensor, backend: str) -> list[Tensor]:
-    """Distances, unit rows, and the gradient of a mix of both."""
-    student = student.detach().clone().requires_grad_()
+def shared(students: list[Tensor], teachers: list[Tensor], backend: str) -> list[list[Tensor]]:
+    """A tower's distances, unit rows, and the gradient of a mix of both, for each tower."""
+    students = [x.detach().clone().requires_grad_() for x in students]
     if backend == "dense":
-        unit, distances = F.normalize(student, dim=1), dense(student, teacher, True)
+        units = [F.normalize(x, dim=1) for x in students]
+        distances = torch.stack(
+            [dense(x, u, True) for x, u in zip(students, teachers, strict=True)]
+        )
     else:
-        distances, unit = unit_feature(student, teacher, backend=backend)
-    weights = torch.linspace(0.5, 2, student.numel(), dtype=torch.float64).view_as(student)
-    # transposed, so that what comes back has other strides
-    mixed = (weights * unit).mT.sum() + (weights[:, 0] * distances).sum()
-    return [distances.detach(), unit.detach(), *torch.autograd.grad(mixed, student)]
+        distances, units = unit_feature(students, teachers, backend=backend)
+    mixed = torch.zeros((), dtype=torch.float64)
+    for i, (row, unit) in enumerate(zip(distances, units, strict=True)):
+        weights = torch.linspace(0.5, 2 + i, unit.numel(), dtype=torch.float64).view_as(unit)
+        # transposed, so that what comes back has other strides
+        mixed += (weights * unit).mT.sum() + (weights[:, 0] * row).sum()
+    gradients = torch.autograd.grad(mixed, students)
+    return [[x.detach() for x in tower] for tower in zip(distances, units, gradients, strict=True)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend,dtype", [("torch", torch.float64), *LOW_PRECISION], ids=str)
 def test_unit_rows_come_with_the_distances(backend: str, dtype: torch.dtype, shape: tuple) -> None:
-    student, teacher = pair(*shape, dtype)
-    distances, unit, gradient = shared(student, teacher, backend)
-    truth = shared(student.double(), teacher.double(), "dense")
-    assert (unit.dtype, gradient.dtype) == (dtype, dtype) and unit.shape == shape
+    # image and text; the teacher of one is a part of wider rows
+    students, teachers = (list(x) for x in zip(*(pair(*shape, dtype) for _ in "ab"), strict=True))
+    wide = torch.cat([teachers[1], teachers[1]], 1)
+    towers = shared(students, [teachers[0], wide[:, : shape[1]]], backend)
+    truths = shared([x.double() for x in students], [x.double() for x in teachers], "dense")
     eps = torch.finfo(dtype).eps
     accurate = max(1e-6, eps) if dtype != torch.float64 else 1e-13
-    torch.testing.assert_close(distances.double(), truth[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(unit.double(), truth[1], rtol=accurate, atol=accurate)
-    # what comes back to low precision rows is rounded to their dtype
-    assert (gradient.double() - truth[2]).norm() <= 2 * accurate * truth[2].norm().clamp(min=1)
+    for (distances, unit, gradient), truth in zip(towers, truths, strict=True):
+        assert (unit.dtype, gradient.dtype) == (dtype, dtype) and unit.shape == shape
+        torch.testing.assert_close(distances.double(), truth[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(unit.double(), truth[1], rtol=accurate, atol=accurate)
+        # what comes back to low precision rows is rounded to their dtype
+        assert (gradient.double() - truth[2]).norm() <= 2 * accurate * truth[2].norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_towers_may_have_several_dtypes(backend: str) -> None:
+    dtypes = torch.float32, torch.float16, torch.float32
+    students, teachers = (
+        list(x) for x in zip(*(pair(9, 6, dtype) for dtype in dtypes), strict=True)
+    )
+    teachers[0] = teachers[0].half()
+    towers = shared(students, teachers, backend)
+    truths = shared([x.double() for x in students], [x.double() for x in teachers], "dense")
+    for dtype, tower, truth in zip(dtypes, towers, truths, strict=True):
+        assert [x.dtype for x in tower] == [torch.float32, dtype, dtype]
+        for x, y in zip(tower, truth, strict=True):
+            limit = 1e-6 if x.dtype == torch.float32 else 1e-3
+            assert (x.double() - y).norm() <= limit * y.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unit_rows_or_distances_alone(backend: str) -> None:
-    student, teacher = pair(7, 6, torch.float32)
-    student.requires_grad_()
-    distances, unit = unit_feature(student, teacher, backend=backend)
+    (student, teacher), (other, guide) = pair(7, 6, torch.float32), pair(7, 6, torch.float32)
+    students = [student.requires_grad_(), other.requires_grad_()]
+    distances, (unit, _) = unit_feature(students, [teacher, guide], backend=backend)
     weights = torch.rand(7, 6)
-    (alone,) = torch.autograd.grad((weights * unit).sum(), student, retain_graph=True)
-    (truth,) = torch.autograd.grad((weights * F.normalize(student, dim=1)).sum(), student)
-    torch.testing.assert_close(alone, truth, rtol=1e-6, atol=1e-6)
-    (alone,) = torch.autograd.grad(distances.sum(), student)
-    (truth,) = torch.autograd.grad(dense(student, teacher, True).sum(), student)
-    torch.testing.assert_close(alone, truth, rtol=1e-6, atol=1e-6)
+
+    def gradients(loss: Tensor) -> tuple:
+        return torch.autograd.grad(loss, students, retain_graph=True, materialize_grads=True)
+
+    def equal(ours: Tensor, truth: Tensor) -> None:
+        for x, y in zip(gradients(ours), gradients(truth), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+    normal = F.normalize(student, dim=1)
+    equal((weights * unit).sum(), (weights * normal).sum())
+    both = dense(student, teacher, True).sum() + dense(other, guide, True).sum()
+    equal(distances.sum(), both)
+    equal(distances.sum() + (weights * unit).sum(), both + (weights * normal).sum())
 
 
 def test_autocast_changes_nothing() -> None:
@@ -177,10 +209,13 @@ def test_gradcheck(backend: str, normalize: bool) -> None:
 @pytest.mark.parametrize("backend", EXACT)
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     student, teacher = pair(5, 4, dtype)
-    for pull in (None, torch.rand(5, 4).to(dtype)):
-        torch.library.opcheck(_backward, (torch.rand(5), pull, student, teacher, True, backend))
+    students, teachers = [student, teacher.clone()], [teacher, student.clone()]
+    pulls = [torch.empty(0, dtype=dtype), torch.rand(5, 4).to(dtype)]
+    args = (torch.rand(2, 5), pulls, students, teachers, True, backend)
+    torch.library.opcheck(_backward, args)
+    students = [x.requires_grad_() for x in students]
     for unit in (False, True):
-        torch.library.opcheck(_forward, (student.requires_grad_(), teacher, True, unit, backend))
+        torch.library.opcheck(_forward, (students, teachers, True, unit, backend))
 
 
 def test_compiles_to_one_graph() -> None:

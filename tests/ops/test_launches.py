@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 from kdengine import losses
-from kdengine.ops import _backend
+from kdengine.methods import ClipKD
+from kdengine.models import Features
+from kdengine.ops import _backend, extension
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -105,3 +107,47 @@ def test_launches_of_a_loss_and_its_gradients(
     }
     assert sum(counts[name] for name in PRODUCTS) == 2
     assert sum(counts.values()) - 7 <= 22, counts
+
+
+def test_image_and_text_share_a_launch_of_feature_distillation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, text, *teachers = (torch.randn(16, 32) for _ in range(4))
+    students = [image.requires_grad_(), text.requires_grad_()]
+    with launches(monkeypatch) as counts:
+        loss, units = losses.unit_feature(students, teachers, backend="triton")
+    # and the sum of the distances, and what it is divided by
+    assert counts == {"_feature_forward_kernel": 1, "sum": 1, "div": 1}
+    loss = loss + (units[0] @ units[1].mT).sum()
+    with launches(monkeypatch) as counts:
+        torch.autograd.grad(loss, students)
+    assert counts["_feature_backward_kernel"] == 1
+
+
+def test_image_and_text_share_a_call_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := extension.why_not("cpu"):
+        pytest.skip(reason)
+    calls: Counter[str] = Counter()
+    real = extension.call
+
+    def call(name: str, *args: Any) -> None:
+        calls[name] += 1
+        real(name, *args)
+
+    monkeypatch.setattr(extension, "call", call)
+    # each call of these is one launch, in csrc/feature.cu
+    method = ClipKD(32, [32], backend="cuda", crd=0.0, icl=0.0)
+    student, teacher = (
+        Features(*(torch.randn(16, 32, requires_grad=grad) for _ in range(2)), torch.tensor(14.3))
+        for grad in (True, False)
+    )
+    masked = torch.randn(16, 32, requires_grad=True)
+    for given in ((), (masked,)):
+        calls.clear()
+        terms = method(student, [teacher], *given)
+        assert {n: calls[n] for n in calls if "feature" in n} == {"feature_forward": 1}
+        sum(terms.values()).backward()
+        assert {n: calls[n] for n in calls if "feature" in n} == {
+            "feature_forward": 1,
+            "feature_backward": 1,
+        }
