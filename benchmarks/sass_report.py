@@ -4,8 +4,8 @@
     python benchmarks/sass_report.py [--json]
 
 A line a kernel and architecture: registers of a thread, bytes of its stack and local memory (more
-than 0 means spilled registers), static shared memory of a block, and the tensor-core instructions
-in its code: HMMA (mma.sync), HGMMA (wgmma, Hopper alone).
+than 0 means spilled registers), static shared memory of a block, and instructions in its code:
+tensor-core ones, HMMA (mma.sync) and HGMMA (wgmma, Hopper alone), and accesses of 16 bytes (wide).
 """
 
 import argparse
@@ -35,6 +35,7 @@ class Kernel(NamedTuple):
         shared_bytes: of a block, without what a launch adds.
         hmma: instructions of this kind in the code.
         hgmma: likewise.
+        wide: reads and writes of 16 bytes of global memory.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
     hmma: int
     hgmma: int
+    wide: int
 
 
 def tool() -> str:
@@ -83,10 +85,11 @@ def _kernels(path: str, architecture: str) -> list[Kernel]:
     for line in _run("-sass", "-arch", architecture, path).splitlines():
         if start := re.match(r"\s*Function : (\S+)", line):
             name = start[1]
-            counts[name] = [0, 0]
+            counts[name] = [0, 0, 0]
         elif name:
             counts[name][0] += bool(re.search(r"\bHMMA\b", line))
             counts[name][1] += bool(re.search(r"\bHGMMA\b", line))
+            counts[name][2] += bool(re.search(r"\b(LDG|STG)\.E\.[A-Z.]*128\b", line))
     pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     rows = re.findall(pattern, usage)
     names = _demangled([row[0] for row in rows])
@@ -126,11 +129,11 @@ def main() -> None:
             print(json.dumps(kernel._asdict()))
         return
     width = max(len(kernel.name) for kernel in kernels)
-    print(f"{'kernel':{width}}  arch     registers  stack  shared  HMMA  HGMMA")
+    print(f"{'kernel':{width}}  arch     registers  stack  shared  HMMA  HGMMA  wide")
     for k in kernels:
         print(
             f"{k.name:{width}}  {k.architecture:7}  {k.registers:9}  {k.stack_bytes:5}  "
-            f"{k.shared_bytes:6}  {k.hmma:4}  {k.hgmma:5}"
+            f"{k.shared_bytes:6}  {k.hmma:4}  {k.hgmma:5}  {k.wide:4}"
         )
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "feature.h"
+#include "moments.h"
 #include "similarity.h"
 
 namespace py = pybind11;
@@ -31,6 +32,10 @@ void bind_ops(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("feature_backward",
         py::overload_cast<Many, Many, One, Many, Many, bool, Place>(&feature_backward),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("moments_forward", py::overload_cast<Many, One, One, Place>(&moments_forward),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("moments_backward", py::overload_cast<One, One, One, One, Place>(&moments_backward),
         py::call_guard<py::gil_scoped_release>());
 }
 

@@ -75,8 +75,6 @@ ARGUMENTS = {
     "logit_kl": classes,
     "moment_alignment": lambda n, k, d, e: ((unit(n, d),), (unit(n, d),), {}),
 }
-# plain torch, whatever runs the others
-WITHOUT_BACKEND = {"moment_alignment"}
 
 
 def evaluate(module, name: str, learned: tuple, constant: tuple, keywords: dict) -> list[Tensor]:
@@ -104,8 +102,7 @@ def test_signature_is_the_oracles_plus_group_and_backend(name: str) -> None:
     assert [(key, ours[key].kind, ours[key].default) for key in ours if key in truth] == [
         (key, value.kind, value.default) for key, value in truth.items()
     ]
-    expected = {"group"} if name in WITHOUT_BACKEND else {"group", "backend"}
-    assert set(added) - {"keys", "normalize"} == expected
+    assert set(added) - {"keys", "normalize"} == {"group", "backend"}
     assert all(value.kind is inspect.Parameter.KEYWORD_ONLY for value in added.values())
 
 

@@ -126,7 +126,9 @@ class ComKD(ClassMethod):
             )
             terms[self._kl] = divergence / (len(text) if self._kl == "kl_mean" else 1)
         if "align" in self.weights:
-            terms["align"] = moment_alignment(unit, guide, group=self.exchange)
+            terms["align"] = moment_alignment(
+                unit, guide, group=self.exchange, backend=self.backend
+            )
         with torch.no_grad():
             same = (fused @ text.T).argmax(1) == (guide @ text.T).argmax(1)
             terms["agreement"] = same.float().mean()

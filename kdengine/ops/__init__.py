@@ -5,6 +5,7 @@ from kdengine.ops._backend import set_workspace
 from kdengine.ops.assign import Assignment, assign, range_join
 from kdengine.ops.feature import feature, unit_feature
 from kdengine.ops.gradient import gradient
+from kdengine.ops.moments import moments
 from kdengine.ops.similarity import Statistics, similarity
 from kdengine.ops.similarity_rest import similarity_rest
 from kdengine.ops.similarity_rows import similarity_rows
@@ -17,6 +18,7 @@ __all__ = [
     "feature",
     "gradient",
     "has_terms",
+    "moments",
     "range_join",
     "set_workspace",
     "similarity",

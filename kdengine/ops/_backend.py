@@ -34,6 +34,9 @@ MODULES = {
     ("feature", "torch"): "kdengine.ops.feature_torch",
     ("feature", "triton"): "kdengine_kernels.feature",
     ("feature", "cuda"): "kdengine.ops.feature_cuda",
+    ("moments", "torch"): "kdengine.ops.moments_torch",
+    ("moments", "triton"): "kdengine_kernels.moments",
+    ("moments", "cuda"): "kdengine.ops.moments_cuda",
     ("assign", "torch"): "kdengine.ops.assign_torch",
     ("assign", "triton"): "kdengine_kernels.assign",
 }

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 from kdengine import losses
 from kdengine.methods import ClipKD
 from kdengine.models import Features
-from kdengine.ops import _backend, extension
+from kdengine.ops import _backend, extension, moments
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -122,6 +122,16 @@ def test_image_and_text_share_a_launch_of_feature_distillation(
     with launches(monkeypatch) as counts:
         torch.autograd.grad(loss, students)
     assert counts["_feature_backward_kernel"] == 1
+
+
+def test_moments_of_student_and_teacher_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(70, 32, requires_grad=True), torch.randn(70, 32)
+    with launches(monkeypatch) as counts:
+        mean, variance = moments(student, teacher, backend="triton")
+    assert counts == {"_moments_kernel": 1}
+    with launches(monkeypatch) as counts:
+        torch.autograd.grad(mean.sum() + variance.sum(), student)
+    assert counts["_moments_gradient_kernel"] == 1
 
 
 def test_image_and_text_share_a_call_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
