@@ -104,6 +104,11 @@ def feature_normalised(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
     return module.feature(3 * x["wide_image"], x["teacher_image"], normalize=True, **options)
 
 
+def moments(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
+    """Moments of columns against the teacher's, which lie aside."""
+    return module.moment_alignment(3 * x["wide_image"], x["teacher_image"] + 0.5, **options)
+
+
 def gradient(module: ModuleType, x: Inputs, **options: Any) -> Tensor:
     """The student's InfoNCE gradients against the teacher's."""
     pair = (x["wide_image"], x["wide_text"], x["scale"])
@@ -125,6 +130,7 @@ CASES = {
     "InfoNCE+CRD, repeated sweep": Case("similarity", one_teacher, far=True),
     "feature": Case("feature", feature),
     "feature, normalised": Case("feature", feature_normalised),
+    "moments": Case("moments", moments),
     "gradient": Case("gradient", gradient),
 }
 

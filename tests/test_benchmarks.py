@@ -46,7 +46,9 @@ def test_the_whole_runs_on_a_cpu(tmp_path: Path, repository: Path) -> None:
     assert len(smoke) >= 18 and all(row["errors"] and row["reason"] is None for row in smoke)
     built = not extension.why_not("cpu")
     assert {row["backend"] for row in smoke} == {"triton"} | ({"cuda"} if built else set())
-    assert all(row["forward_backward"] for row in rows_of(tmp_path / "feature.jsonl"))
+    feature = rows_of(tmp_path / "feature.jsonl")
+    assert {row["case"] for row in feature} == {"feature", "towers", "moments"}
+    assert all(row["forward_backward"] for row in feature)
     assert json.loads((tmp_path / "environment.json").read_text())["torch"]
     told = (tmp_path / "summary.txt").read_text()
     assert "smoke: done" in told and "feature: done" in told
@@ -84,8 +86,9 @@ def test_a_wrong_kernel_gets_no_time(
 
     monkeypatch.setattr(module, "backward", wrong)
     main = {"similarity": bench_similarity.main, "feature": bench_feature.main}[bench]
+    cases = ["--case", "feature", "towers"] if bench == "feature" else []
     file = tmp_path / "rows.jsonl"
-    code = main(["--rows", "48", "--width", "32", "--json", str(file), *SMALL])
+    code = main(["--rows", "48", "--width", "32", *cases, "--json", str(file), *SMALL])
     ours = [row for row in rows_of(file) if row["backend"] == "torch"]
     others = [row for row in rows_of(file) if row["backend"] == "eager"]
     assert code == race.WRONG

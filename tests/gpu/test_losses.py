@@ -276,6 +276,22 @@ def test_feature_distance_is_accurate(mode, feature_backend, normalize) -> None:
     assert_accurate(mode, ours, oracle, student)
 
 
+@pytest.mark.parametrize("rows", [7, 2000])
+@pytest.mark.parametrize("name", backends("moments"))
+def test_moment_alignment_is_accurate(mode, name, rows) -> None:
+    # moments differ by more than rounding
+    student, teacher = rounded(mode, 3 * unit(rows, 65), unit(rows, 65) + 0.5)
+    name = runnable("moments", name)
+
+    def ours(x: Tensor) -> Tensor:
+        return losses.moment_alignment(x, teacher.to(x.dtype), backend=name)
+
+    def oracle(x: Tensor) -> Tensor:
+        return reference.moment_alignment(x, teacher.to(x.dtype))
+
+    assert_accurate(mode, ours, oracle, student)
+
+
 def distillation(
     query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor, backend: str
 ) -> Tensor:
