@@ -100,6 +100,14 @@ def test_a_wrong_shape_is_refused_by_the_extension() -> None:
         extension.call("feature_backward", [x], [x], per_row, [none], [x[:, :2]], False)
 
 
+@BUILT
+def test_tensors_on_several_devices_are_refused() -> None:
+    x, away = torch.zeros(3, 4), torch.zeros(3, 4, device="meta")
+    message = r"feature_forward: expected tensors on one device, cpu; \(3, 4\) on meta came"
+    with pytest.raises(ValueError, match=message):
+        extension.call("feature_forward", [x], [away], torch.zeros(1, 3), [x], False)
+
+
 @pytest.mark.skipif(
     bool(extension.why_not("cuda")) or torch.cuda.is_available(),
     reason="needs kdengine._C with GPU code, and no GPU",

@@ -43,13 +43,22 @@ def call(name: str, *args: Tensor | Sequence[Tensor] | bool) -> None:
     Tensors have at most two dimensions and neighbouring elements in a row; results among them are
     written. On a GPU it runs on the current stream of its device, on the CPU on torch's number of
     threads.
+
+    Raises: ValueError for tensors on several devices, and for shapes that do not fit; RuntimeError
+    for a launch that failed.
     """
     module = load()
+    tensors = [x for arg in args for x in _tensors(arg)]
+    device = tensors[0].device
+    # one that a call leaves out may lie anywhere
+    for x in tensors:
+        if x.device != device and x.numel():
+            raise ValueError(
+                f"{name}: expected tensors on one device, {device}; {tuple(x.shape)} on {x.device} "
+                "came; move it there"
+            )
     # addresses keep no tensor alive: ``args`` does, until the call is over
-    taken = [_taken(module, x) for x in args]
-    first = args[0][0] if isinstance(args[0], Sequence) else args[0]
-    assert isinstance(first, Tensor)
-    getattr(module, name)(*taken, place(module, first.device))
+    getattr(module, name)(*(_taken(module, x) for x in args), place(module, device))
 
 
 def place(module: ModuleType, device: torch.device) -> Any:
@@ -58,6 +67,10 @@ def place(module: ModuleType, device: torch.device) -> Any:
         stream = torch.cuda.current_stream(device)
         return module.Cuda(stream.cuda_stream, stream.device_index)
     return module.Cpu(torch.get_num_threads())
+
+
+def _tensors(x: Tensor | Sequence[Tensor] | bool) -> Sequence[Tensor]:
+    return [x] if isinstance(x, Tensor) else x if isinstance(x, Sequence) else []
 
 
 def _taken(module: ModuleType, x: Tensor | Sequence[Tensor] | bool) -> Any:

@@ -134,18 +134,23 @@ def test_moments_of_student_and_teacher_share_a_launch(monkeypatch: pytest.Monke
     assert counts["_moments_gradient_kernel"] == 1
 
 
-def test_image_and_text_share_a_call_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of the extension, each of which is one launch of one kernel on a GPU."""
     if reason := extension.why_not("cpu"):
         pytest.skip(reason)
-    calls: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     real = extension.call
 
     def call(name: str, *args: Any) -> None:
-        calls[name] += 1
+        counts[name] += 1
         real(name, *args)
 
     monkeypatch.setattr(extension, "call", call)
-    # each call of these is one launch, in csrc/feature.cu
+    return counts
+
+
+def test_image_and_text_share_a_call_of_the_extension(calls: Counter[str]) -> None:
     method = ClipKD(32, [32], backend="cuda", crd=0.0, icl=0.0)
     student, teacher = (
         Features(*(torch.randn(16, 32, requires_grad=grad) for _ in range(2)), torch.tensor(14.3))
@@ -155,9 +160,14 @@ def test_image_and_text_share_a_call_of_the_extension(monkeypatch: pytest.Monkey
     for given in ((), (masked,)):
         calls.clear()
         terms = method(student, [teacher], *given)
-        assert {n: calls[n] for n in calls if "feature" in n} == {"feature_forward": 1}
+        assert calls["feature_forward"] == 1
         sum(terms.values()).backward()
-        assert {n: calls[n] for n in calls if "feature" in n} == {
-            "feature_forward": 1,
-            "feature_backward": 1,
-        }
+        assert (calls["feature_forward"], calls["feature_backward"]) == (1, 1)
+
+
+def test_partial_sums_of_all_sides_are_finalised_in_one_call(calls: Counter[str]) -> None:
+    x, y, u, v = (F.normalize(torch.randn(300, 32), dim=1) for _ in range(4))
+    options: dict[str, Any] = {"teacher_query": u, "teacher_key": v, "teacher_scale": 50.0}
+    options |= {"soft_rows": 0.5, "soft_cols": 0.5, "backend": "cuda"}
+    losses.similarity_loss(x, y, 14.3, **options)
+    assert calls == {"similarity_statistics": 1, "similarity_finalise": 1}
