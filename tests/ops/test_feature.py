@@ -225,6 +225,21 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_towers_compile_to_one_graph() -> None:
+    (student, teacher), (other, guide) = pair(6, 5), pair(6, 5)
+    students = [student.requires_grad_(), other.requires_grad_()]
+
+    def mixed(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        distances, units = unit_feature(students, teachers)
+        return distances.sum() + (units[0] * units[1]).sum()
+
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+    losses = [function(students, [teacher, guide]) for function in (compiled, mixed)]
+    torch.testing.assert_close(*losses)
+    found = [torch.autograd.grad(loss, students) for loss in losses]
+    torch.testing.assert_close(*found)
+
+
 def test_create_graph_is_refused() -> None:
     student, teacher = pair(3, 2)
     distances = feature(student.requires_grad_(), teacher)
