@@ -144,8 +144,9 @@ def run_size(size: tuple[int, int, int], options: Any, journal: common.Journal) 
             journal.add({**identity, "backend": name}, reason=reason, **where)
             print(f"  no time for {name}, {case}: {reason}", flush=True)
             del field[name]
-        times = common.time_interleaved(field, device, options.seconds)
-        floor = floors.product_ms(rows if CASES[case] else keys, width, x.dtype, device, keys)
+        times = common.time_interleaved(field, device, options.seconds, options.clock)
+        height = rows if CASES[case] else keys
+        floor = floors.product_ms(height, width, x.dtype, device, keys, options.clock)
         floor /= 1 if CASES[case] else 2
         for name, run in field.items():
             peak = common.peak_bytes(run, device) / common.MIB if name != "faiss" else None
@@ -156,6 +157,7 @@ def run_size(size: tuple[int, int, int], options: Any, journal: common.Journal) 
                 "peak_mib": peak and round(peak, 2),
                 "time_vs_eager": times[name].median_ms / times["eager"].median_ms,
                 "agreement": agreed[name],
+                "clock": options.clock,
             }
             journal.add({**identity, "backend": name}, **row, **where)
             shown.append(cells(name, case, row))
@@ -186,6 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keys", type=int, nargs="+", default=[65536] if on_gpu else [4096])
     parser.add_argument("--width", type=int, nargs="+", default=[256, 1280])
     common.add_timing_options(parser, on_gpu)
+    common.add_clock_option(parser)
     return parser.parse_args(arguments)
 
 

@@ -30,6 +30,8 @@ MIB = 1 << 20
 # larger than any L2 cache
 FLUSH_BYTES = 256 * MIB
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+# on a CPU; seconds of the processor are nearly the same on a busy machine
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PACKAGES = ("torch", "triton", "open_clip_torch")
 # what tells one row of a journal from another
 IDENTITY = ("benchmark", "objective", "case", "rows", "width", "teacher_width", "scale", "dtype")
@@ -46,22 +48,25 @@ class Spread(NamedTuple):
 
 
 def time_interleaved(
-    variants: dict[str, Callable[[], object]], device: torch.device, seconds: float
+    variants: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    clock: str = "wall",
 ) -> dict[str, Spread]:
     """Time the variants in turn, so that a busy moment of the machine hits all of them.
 
     Warm-up: each for a twentieth of ``seconds``. Then rounds of all until ``seconds`` have passed,
     at least five; at least three where five would take four times as long. In a round, a variant
-    that is much faster than the slowest runs up to six times.
+    that is much faster than the slowest runs up to six times. ``clock`` is one of ``CLOCKS``.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     warm: dict[str, float] = {}
     for name, run in variants.items():
         end = time.perf_counter() + seconds / 20
         run()
-        warm[name] = time_ms(run, device)
+        warm[name] = time_ms(run, device, clock)
         while time.perf_counter() < end:
-            warm[name] = time_ms(run, device)
+            warm[name] = time_ms(run, device, clock)
     slowest = max(warm.values(), default=0.0)
     repeats = {name: max(1, min(6, int(slowest / (4 * x)))) for name, x in warm.items()}
     start = time.perf_counter()
@@ -70,16 +75,17 @@ def time_interleaved(
         if number >= MIN_ROUNDS and passed >= seconds or number >= 3 and passed >= 4 * seconds:
             break
         for name, run in variants.items():
-            times[name] += [time_ms(run, device) for _ in range(repeats[name])]
+            times[name] += [time_ms(run, device, clock) for _ in range(repeats[name])]
     return {name: _spread(values) for name, values in times.items()}
 
 
-def time_ms(run: Callable[[], object], device: torch.device) -> float:
+def time_ms(run: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
     """Time of one run."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        read = CLOCKS[clock]
+        start = read()
         run()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (read() - start)
     # no variant finds its inputs in the L2 cache
     _flush_buffer(device).zero_()
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -249,6 +255,12 @@ def add_timing_options(parser: argparse.ArgumentParser, on_gpu: bool) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a size, about")
     parser.add_argument("--json", help="append one JSON line a row to this file")
     parser.add_argument("--resume", action="store_true", help="go on behind the rows of that file")
+
+
+def add_clock_option(parser: argparse.ArgumentParser) -> None:
+    """By which clock a CPU is timed."""
+    told = "processor: seconds of the CPU, of all threads together, so with one thread"
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=told)
 
 
 class Refusal(RuntimeError):

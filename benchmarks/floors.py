@@ -19,7 +19,12 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 @functools.cache
 def product_ms(
-    rows: int, width: int, dtype: torch.dtype, device: torch.device, cols: int | None = None
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cols: int | None = None,
+    clock: str = "wall",
 ) -> float:
     """Time of one product rows x cols x width, by default square: the unit U of every cost.
 
@@ -36,7 +41,7 @@ def product_ms(
             strip = left[first : first + height]
             torch.mm(strip, right.T, out=out[: len(strip)])
 
-    return time_interleaved({"product": multiply}, device, SECONDS)["product"].median_ms
+    return time_interleaved({"product": multiply}, device, SECONDS, clock)["product"].median_ms
 
 
 @functools.cache
