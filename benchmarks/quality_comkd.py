@@ -46,7 +46,7 @@ from kdengine.log import METRICS, read  # noqa: E402
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE = RECIPES / "quality_comkd.toml"
 RESULTS = Path(__file__).parent / "results" / "quality_comkd"
-SHOTS = 16
+SHOTS, TEACHER_STEPS = 16, 120
 TEACHER = "teacher"
 VARIANTS = {
     "KL (PromptKD)": (0.0, False),
@@ -157,7 +157,7 @@ def teach(
     words = ["--recipe", str(RECIPE), *about(source, split, options)]
     words += ["--method.name", "comkd_teacher", "--model.model", f"local-dir:{wide}"]
     words += ["--classes.half", half, "--classes.shots", str(SHOTS), "--train.seed", str(seed)]
-    words += ["--train.steps", str(options.steps)]
+    words += ["--train.steps", str(TEACHER_STEPS)]
     return cells.train_once(folder, words, options.out)
 
 
@@ -287,7 +287,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--seeds", type=cells.seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5"
     )
     parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
-    parser.add_argument("--steps", type=int, default=120, help="of teachers and students")
+    parser.add_argument("--steps", type=int, default=240, help="of students")
     parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their recipe's")
     parser.add_argument("--out", type=Path, help="folder of data, models and runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="path without ending")
