@@ -267,6 +267,8 @@ def page(rows: Sequence[Row], steps: Sequence[Row]) -> str:
             "images to test on, each half of the classes by itself, mean \u00b1 standard deviation",
             "over seeds; HM: of the mean accuracies. Students are transductive: they train on",
             "images of all classes without labels; the teacher has seen labels of base classes.",
+            f"Teachers: {TEACHER_STEPS} steps of 32 images; students: {rows[0]['cost']['steps']},",
+            f"`{' '.join(CHOSEN)}`, chosen on seeds 10 to 12.",
             "",
             *trainings.table_lines(columns, lines),
             "",
