@@ -233,7 +233,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             found = [row for row in own if row["variant"] == variant]
             if found:
                 gates = [row["gate"] for row in found if row["gate"] is not None]
-                told = f"{statistics.mean(gates):+.3f}" if gates else ""
+                told = f"{min(gates):+.2f} to {max(gates):+.2f}" if gates else ""
                 seconds = f"{statistics.mean(row['time_s'] for row in found):.0f}"
                 numbers = _numbers(name, [row["metrics"] for row in found])
                 lines.append([name, variant, *numbers, told, seconds])

@@ -23,7 +23,7 @@ def test_the_harmonic_mean_of_the_table_is_that_of_the_means() -> None:
     teacher, both = lines
     assert teacher[:2] == ["s", "teacher"] and both[:2] == ["s", variant]
     assert both[2].startswith("70.0") and both[3].startswith("40.0")
-    assert both[4].startswith("50.9") and both[6] == "+0.250"
+    assert both[4].startswith("50.9") and both[6] == "+0.25 to +0.25"
 
 
 def test_settings_tell_variants_and_not_seeds(tmp_path: Any) -> None:
