@@ -67,6 +67,7 @@ class Source(NamedTuple):
         recipe: of both CLIPs.
         wide: model of the teacher.
         taught_by: recipe of the model that teaches both; none.
+        clip_steps: of both CLIPs, in place of their recipe's.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Source(NamedTuple):
     recipe: str = "clip_flickr8k"
     wide: str = "ViT-Nano-64"
     taught_by: str = ""
+    clip_steps: int | None = None
 
 
 def sources(out: Path) -> dict[str, Source]:
@@ -93,6 +95,7 @@ def sources(out: Path) -> dict[str, Source]:
             str(RECIPES / "quality_tinyclip_teacher.toml"),
             "benchmarks/recipes/ViT-Micro-64.json",
             "demo_teacher",
+            1000,
         ),
         "imagenet": Source(
             "imagenet",
@@ -124,8 +127,8 @@ def clips(source: Source, options: argparse.Namespace) -> tuple[Path, Path]:
     if source.taught_by:
         cells.train_once(options.out / "teacher", ["--recipe", source.taught_by], options.out)
     shared = ["--recipe", source.recipe, "--data.index-dir", str(options.out / "index")]
-    if options.clip_steps:
-        shared += ["--train.steps", str(options.clip_steps)]
+    if steps := options.clip_steps or source.clip_steps:
+        shared += ["--train.steps", str(steps)]
     pair = []
     for role, model in (
         ("wide", source.wide),
@@ -290,7 +293,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
     parser.add_argument("--steps", type=int, default=240, help="of students")
-    parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their recipe's")
+    parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their set's")
     parser.add_argument("--out", type=Path, help="folder of data, models and runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="path without ending")
     own, rest = list(words), []
