@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kdengine_kernels.assign import SHORT, _nearest_kernel, _pairs_kernel
+from kdengine_kernels.feature import _feature_backward_kernel, _feature_forward_kernel
 from kdengine_kernels.gradient import _pulls_kernel
+from kdengine_kernels.moments import COLS, ROWS, _moments_gradient_kernel, _moments_kernel
 from kdengine_kernels.similarity_attend import _attend_kernel
 from kdengine_kernels.similarity_finalise import _finalise_kernel
 from kdengine_kernels.similarity_gradient import _gradient_kernel
@@ -39,7 +41,11 @@ WIDTH, TEACHER_WIDTH = 512, 768
 DTYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 INT32 = {"flag", "index", "first", "second"}
 INT64 = {"labels", "row_labels", "col_labels", "starts", "counts"}
-SIZE = re.compile(r"(num|first|end|all)_\w+|\w+_(stride|slot|limit)|part_cols")
+SIZE = re.compile(r"(num|first|end|all)_\w+|\w+_(stride|slot|limit)|part_cols|width")
+# of a feature each, and of these one for each tower or side
+ROW = {"left", "right", "teacher_left", "teacher_right", "student"}
+EACH = {"students", "teachers", "units", "grad_units", "outs", "sides"}
+TOWERS = 2
 # of strips, whose rows begin at multiples of 16 elements
 ALIGNED = {"out_stride", "logits_stride"}
 
@@ -127,6 +133,15 @@ def small_cases() -> Iterator[tuple[str, str, Config, Any, dict[str, Any]]]:
     yield "coefficients", "fp32", blocks, _coefficients_kernel, coefficients
     yield "terms", "fp32", blocks, _terms_forward_kernel, terms
     yield "terms_backward", "fp32", blocks, _terms_backward_kernel, terms
+    for dtype in ("bf16", "fp16", "fp32"):
+        common, one = {"NORMALIZE": True, "BLOCK": WIDTH}, Config(0, 0, 0, 1, 3)
+        yield "feature", dtype, one, _feature_forward_kernel, common | {"UNIT": True}
+        units = common | {"UNITS": (True,) * TOWERS}
+        yield "feature_backward", dtype, one, _feature_backward_kernel, units
+        sizes = {"ROWS": ROWS, "COLS": COLS}
+        yield "moments", dtype, blocks, _moments_kernel, sizes
+        sizes = sizes | {"COLS": 4 * COLS}
+        yield "moments_gradient", dtype, blocks, _moments_gradient_kernel, sizes
 
 
 def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any:
@@ -147,20 +162,24 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
         **flags,
     }
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-    targets = flags.get("SOFT_ROWS") and flags.get("ROWS") is False
-    signature = {}
+    # of sums in float32
+    sums = (flags.get("SOFT_ROWS") and flags.get("ROWS") is False) or kernel is _moments_kernel
+    signature: dict[str, Any] = {}
     for name in kernel.arg_names:
         if name in constants:
-            signature[name] = "constexpr"
+            is_tuple = isinstance(constants[name], tuple)
+            signature[name] = ("constexpr",) * TOWERS if is_tuple else "constexpr"
+        elif name in EACH:
+            signature[name] = (f"*{dtype}",) * TOWERS
+        elif name.endswith("strides"):
+            signature[name] = ("i32",) * TOWERS
         elif SIZE.fullmatch(name):
             signature[name] = "i32"
         elif name.endswith("query"):
             signature[name] = f"tensordesc<{dtype}[{blocks.rows}, {blocks.k}]>"
         elif name.endswith("key"):
             signature[name] = f"tensordesc<{dtype}[{blocks.cols}, {blocks.k}]>"
-        elif name in ("out", "g_out", "a_out") and not targets:
-            signature[name] = f"*{dtype}"
-        elif name in ("left", "right", "teacher_left", "teacher_right"):
+        elif name in ROW or (name in ("out", "g_out", "a_out") and not sums):
             signature[name] = f"*{dtype}"
         elif name.endswith("_share"):
             signature[name] = "fp32"
@@ -171,7 +190,12 @@ def build(kernel: Any, dtype: str, blocks: Config, flags: dict[str, Any]) -> Any
     aligned: dict[Any, Any] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ALIGNED
+        if str(signature[name]).startswith("*") or name in ALIGNED
+    }
+    aligned |= {
+        (kernel.arg_names.index(name), i): [["tt.divisibility", 16]]
+        for name in EACH.intersection(kernel.arg_names)
+        for i in range(TOWERS)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

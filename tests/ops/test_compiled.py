@@ -15,6 +15,8 @@ from kdengine_kernels.tuning import TABLE
 SHARED_LIMIT = 227 * 1024
 # of vectors; their blocks are no matter of tuning
 SMALL = {"finalise", "positives", "coefficients", "terms", "terms_backward"}
+# of rows and columns, without a product
+SMALL |= {"feature", "feature_backward", "moments", "moments_gradient"}
 
 
 @pytest.fixture(scope="module")
