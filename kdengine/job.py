@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdengine import assembly, checkpoint, prompting, ranks
+from kdengine import assembly, checkpoint, clustering, prompting, ranks
 from kdengine.centres import Centres
 from kdengine.checkpoint import State
 from kdengine.config import Eval, RunConfig, to_toml
@@ -163,13 +163,13 @@ def build(
     else:
         store = assembly.open_cache(config, me)
         teachers = assembly.build_teachers(config, me, student.spec, store)
-        clusters = assembly.open_clusters(config, me, teachers, store)
+        clusters = clustering.open_clusters(config, me, teachers, store)
         loader, identity, data_rows = assembly.build_data(
             config, me, student.spec, teachers, store, clusters
         )
         cleanup.callback(loader.close)
         if clusters:
-            centres = assembly.build_centres(config, me, student.spec, clusters)
+            centres = clustering.build_centres(config, me, student.spec, clusters)
     identity |= {"engine": engine_config, "teacher": teachers.checksum() if teachers else None}
     evaluator = build_evaluator(config, me, student.spec)
     total = assembly.num_steps(config, loader.steps_per_epoch)

@@ -19,6 +19,7 @@ LINES = {
     "kdengine.prompting": 6,
     "kdengine.accumulate": 6,
     "kdengine.assembly": 5,
+    "kdengine.clustering": 5,
     "kdengine.evaluate": 5,
     "kdengine.checkpoint": 5,
     "kdengine.report": 5,

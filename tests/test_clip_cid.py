@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdengine import config, reference, reference_clusters
-from kdengine.assembly import build_centres
 from kdengine.centres import Assigned, Centres, Drawn, Targets, read_assigned
+from kdengine.clustering import build_centres
 from kdengine.methods import ClipCID, build_method, needs_teacher
 from kdengine.models import Features
 from kdengine.ranks import Ranks

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clusters of a run's images: opened, checked against its teacher, and given centres."""
+
+from kdengine.cache import Store, TeacherEntry
+from kdengine.centres import Centres, Targets
+from kdengine.config import RunConfig
+from kdengine.data import ClusterRows
+from kdengine.models import TowerSpec
+from kdengine.ranks import Ranks
+from kdengine.teachers import Teachers
+
+
+def open_clusters(
+    config: RunConfig, ranks: Ranks, teachers: Teachers | None, store: Store | None
+) -> ClusterRows | None:
+    """The clusters of the training images; None for a method without.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be used, or are of another teacher than the
+            embeddings that are to be compared with them.
+    """
+    own = config.method.clip_cid
+    if config.method.name != "clip_cid" or not own.on_clusters:
+        return None
+    clusters = ClusterRows(own.clusters, with_targets=own.needs_targets)
+    if own.positives > max(clusters.top, 1):
+        raise ValueError(
+            f"method.clip_cid.positives: expected at most the {clusters.top} nearest clusters that "
+            f"{own.clusters} stores of an image, got {own.positives}; run 'kdengine cluster' into "
+            "another folder with a larger --top"
+        )
+    if own.targets == "teacher" and own.cluster_kl:
+        # one rank is enough: this may read the whole file of the weights
+        ranks.first_only(lambda: _check_teacher(config, clusters, teachers, store), "clusters")
+    return clusters
+
+
+def _check_teacher(
+    config: RunConfig, clusters: ClusterRows, teachers: Teachers | None, store: Store | None
+) -> None:
+    """See that the run's one teacher is the one that was clustered, as far as that is known."""
+    widths = [spec.embed_dim for spec in teachers.specs] if teachers else []
+    found = []
+    if widths != [clusters.width]:
+        found = [f"{clusters.width} wide, and the run has teachers of the widths {widths}"]
+    elif clusters.teacher is not None:
+        entry = TeacherEntry.from_dict(clusters.teacher)
+        if store is not None and not config.distill.cache_live:
+            if store.manifest.teachers[0].weights != entry.weights:
+                found = [f"of {entry.spec.label}, whose weights are not those of the run's cache"]
+        else:
+            found = entry.differences(*config.distill.teachers()[0])
+    if found:
+        raise ValueError(
+            "method.clip_cid.targets: 'teacher' compares one teacher's embeddings with the "
+            f"centroids of {clusters.folder}, which are of another: {'; '.join(found)}; name the "
+            "teacher that was clustered, or take the stored targets"
+        )
+
+
+def build_centres(
+    config: RunConfig, ranks: Ranks, student: TowerSpec, clusters: ClusterRows
+) -> Centres:
+    """This rank's part of the clusters' centres."""
+    own = config.method.clip_cid
+    learned = own.prototypes == "own"
+    wanted = not learned or (own.cluster_kl > 0 and own.targets == "teacher")
+    return Centres(
+        clusters.num_clusters,
+        width=student.embed_dim if learned else None,
+        teacher=clusters.centroids() if wanted else None,
+        targets=Targets(own.nearest(clusters.top), clusters.scale),
+        ratio=own.sample_ratio,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        wd=own.centre_wd,
+        seed=config.train.seed,
+        group=ranks.group,
+        device=ranks.device,
+    )
