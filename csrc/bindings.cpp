@@ -6,6 +6,7 @@
 #include "feature.h"
 #include "moments.h"
 #include "similarity.h"
+#include "terms.h"
 
 namespace py = pybind11;
 using namespace kdengine;
@@ -26,8 +27,27 @@ void bind_similarity(py::module_& m) {
 }
 
 template <typename Place>
+void bind_terms(py::module_& m) {
+  m.def(
+      "terms_forward",
+      [](Many rows, Many cols, Many labels, const Integers& limits, const Reals& shares,
+         const Flags& hard, const Flags& soft, One values, One entropies, Place place) {
+        terms_forward({rows, cols, labels, limits, shares, hard, soft}, values, entropies, place);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "terms_backward",
+      [](One grads, Many rows, Many cols, Many labels, const Integers& limits, const Reals& shares,
+         const Flags& hard, const Flags& soft, Many outs, Place place) {
+        terms_backward(grads, {rows, cols, labels, limits, shares, hard, soft}, outs, place);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <typename Place>
 void bind_ops(py::module_& m) {
   bind_similarity<Place>(m);
+  bind_terms<Place>(m);
   m.def("feature_forward", py::overload_cast<Many, Many, One, Many, bool, Place>(&feature_forward),
         py::call_guard<py::gil_scoped_release>());
   m.def("feature_backward",
@@ -46,7 +66,8 @@ PYBIND11_MODULE(_C, m) {
       .value("float32", Dtype::f32)
       .value("bfloat16", Dtype::bf16)
       .value("float16", Dtype::f16)
-      .value("int32", Dtype::i32);
+      .value("int32", Dtype::i32)
+      .value("int64", Dtype::i64);
   py::class_<Matrix>(m, "Matrix")
       .def(py::init([](uintptr_t data, int64_t rows, int64_t cols, int64_t stride, Dtype dtype) {
         return Matrix{reinterpret_cast<void*>(data), rows, cols, stride, dtype};

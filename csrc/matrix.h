@@ -12,17 +12,20 @@
 
 namespace kdengine {
 
-enum class Dtype { f64, f32, bf16, f16, i32 };
+enum class Dtype { f64, f32, bf16, f16, i32, i64 };
 
 inline const char* name_of(Dtype dtype) {
-  static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int32"};
+  static const char* const names[] = {"float64", "float32", "bfloat16",
+                                      "float16", "int32",   "int64"};
   return names[static_cast<int>(dtype)];
 }
 
 inline int64_t size_of(Dtype dtype) {
-  static const int64_t sizes[] = {8, 4, 2, 2, 4};
+  static const int64_t sizes[] = {8, 4, 2, 2, 4, 8};
   return sizes[static_cast<int>(dtype)];
 }
+
+inline bool is_integer(Dtype dtype) { return dtype == Dtype::i32 || dtype == Dtype::i64; }
 
 // Row-major: element (i, j) is data[i * stride + j].
 struct Matrix {

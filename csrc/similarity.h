@@ -262,7 +262,7 @@ void unpack_logits(const Matrices& logits, const Matrices& labels, Logits<R>& to
                left.dtype == right.dtype,
            "similarity: expected (", to.rows, ", D) and (", to.cols, ", D) of one dtype; ",
            shape_of(left), " and ", shape_of(right), " came");
-    expect(left.dtype != Dtype::i32 && (left.dtype != Dtype::f64 || sizeof(R) == 8),
+    expect(!is_integer(left.dtype) && (left.dtype != Dtype::f64 || sizeof(R) == 8),
            "similarity: expected features of floating point, of float64 with a float64 scale; ",
            shape_of(left), " came");
     to.left[k] = operand_of(left, size_of(left.dtype));

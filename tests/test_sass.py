@@ -31,12 +31,16 @@ REGISTERS = {
     "moments_kernel": 128,
     "moments_merge_kernel": 64,
     "moments_gradient_kernel": 64,
+    # 1 block of 1024 threads; 4 of 256
+    "terms_kernel": 64,
+    "terms_gradient_kernel": 64,
 }
 # bytes of shared memory that a block has without asking; what a driver keeps of it included
 SHARED = {
     "finalise_kernel": 5 << 10,
     "moments_kernel": 18 << 10,
     "moments_merge_kernel": 18 << 10,
+    "terms_kernel": 2 << 10,
 }
 # accesses of 16 bytes in the code at least: what a lane reads and writes of full pieces
 WIDE = {
@@ -54,7 +58,7 @@ def row_of(kernel: str) -> str:
     if name in ("statistics_kernel", "gradient_kernel"):
         one = "float" if arguments[0] == "float" else "one"
         return f"{name} {one if arguments[1] == 'void' else 'two'}"
-    if name.startswith("moments"):
+    if name.startswith(("moments", "terms")):
         return name
     return f"{name} {arguments[-1]}".strip()
 

@@ -29,6 +29,7 @@ MODULES = {
     ("similarity_rows", "triton"): "kdengine_kernels.similarity_rows",
     ("similarity_rest", "torch"): "kdengine.ops.similarity_rest_torch",
     ("terms", "triton"): "kdengine_kernels.terms",
+    ("terms", "cuda"): "kdengine.ops.terms_cuda",
     ("gradient", "torch"): "kdengine.ops.gradient_torch",
     ("gradient", "triton"): "kdengine_kernels.gradient",
     ("feature", "torch"): "kdengine.ops.feature_torch",

@@ -37,12 +37,15 @@ def why_not(device: str) -> str | None:
     return None
 
 
-def call(name: str, *args: Tensor | Sequence[Tensor] | bool) -> None:
+Argument = Tensor | Sequence[Tensor] | Sequence[float] | float
+
+
+def call(name: str, *args: Argument) -> None:
     """Run a function of the extension where its first tensor lies.
 
-    Tensors have at most two dimensions and neighbouring elements in a row; results among them are
-    written. On a GPU it runs on the current stream of its device, on the CPU on torch's number of
-    threads.
+    Lists are of tensors or of numbers. Tensors have at most two dimensions and neighbouring
+    elements in a row; results among them are written. On a GPU it runs on the current stream of its
+    device, on the CPU on torch's number of threads.
 
     Raises: ValueError for tensors on several devices, and for shapes that do not fit; RuntimeError
     for a launch that failed.
@@ -69,11 +72,12 @@ def place(module: ModuleType, device: torch.device) -> Any:
     return module.Cpu(torch.get_num_threads())
 
 
-def _tensors(x: Tensor | Sequence[Tensor] | bool) -> Sequence[Tensor]:
-    return [x] if isinstance(x, Tensor) else x if isinstance(x, Sequence) else []
+def _tensors(x: Argument) -> list[Tensor]:
+    some = x if isinstance(x, Sequence) else [x]
+    return [one for one in some if isinstance(one, Tensor)]
 
 
-def _taken(module: ModuleType, x: Tensor | Sequence[Tensor] | bool) -> Any:
+def _taken(module: ModuleType, x: Argument) -> Any:
     if isinstance(x, Sequence):
         return [_taken(module, one) for one in x]
     if not isinstance(x, Tensor):

@@ -2,8 +2,8 @@
 """The op ``terms``: what statistics of rows and columns amount to, in one launch each way.
 
 The arithmetic of ``kdengine/losses/terms.py``, which is some hundred and fifty launches of torch on
-a GPU: more than the kernels of a small batch take. It has a Triton backend alone; on others the
-losses do it op by op.
+a GPU: more than the kernels of a small batch take. It has no ``torch`` backend: there the losses do
+it op by op.
 """
 
 from typing import Any
@@ -44,7 +44,8 @@ def terms(
         backend: one for which ``has_terms``.
 
     Returns: the terms that are on, in the order hard rows, hard columns, soft rows, soft columns,
-    (1..4,); entropies of the soft sides, constants, (0..2,). Float32.
+    (1..4,); entropies of the soft sides, constants, (0..2,). In the statistics' dtype, of which
+    float64 is for ``cuda`` on the CPU alone.
     Gradients: others, positive and gap of both sides; first order only.
     Raises: RuntimeError for a backend that cannot run, and under ``create_graph=True``.
     """

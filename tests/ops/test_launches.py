@@ -165,9 +165,13 @@ def test_image_and_text_share_a_call_of_the_extension(calls: Counter[str]) -> No
         assert (calls["feature_forward"], calls["feature_backward"]) == (1, 1)
 
 
-def test_partial_sums_of_all_sides_are_finalised_in_one_call(calls: Counter[str]) -> None:
+def test_what_follows_from_partial_sums_is_one_call_each_way(calls: Counter[str]) -> None:
     x, y, u, v = (F.normalize(torch.randn(300, 32), dim=1) for _ in range(4))
     options: dict[str, Any] = {"teacher_query": u, "teacher_key": v, "teacher_scale": 50.0}
     options |= {"soft_rows": 0.5, "soft_cols": 0.5, "backend": "cuda"}
-    losses.similarity_loss(x, y, 14.3, **options)
-    assert calls == {"similarity_statistics": 1, "similarity_finalise": 1}
+    loss = losses.similarity_loss(x.requires_grad_(), y.requires_grad_(), 14.3, **options)
+    assert calls == {"similarity_statistics": 1, "similarity_finalise": 1, "terms_forward": 1}
+    loss.backward()
+    # and one call a strip of the matrix
+    del calls["similarity_gradient"]
+    assert len(calls) == 4 and set(calls.values()) == {1} and calls["terms_backward"] == 1

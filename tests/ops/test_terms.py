@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``terms`` in Triton's interpreter against the losses' own arithmetic in float64."""
+"""The op ``terms`` on its backends against the losses' own arithmetic in float64."""
 
+import functools
 import os
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from kdengine.losses.sweep import Reduced
 from kdengine.losses.terms import all_terms
-from kdengine.ops import Statistics, has_terms
-from kdengine.ops.terms import _forward
+from kdengine.ops import Statistics, extension, has_terms
+from kdengine.ops.terms import _backward, _forward
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1; tests/gpu runs them on a GPU", allow_module_level=True)
-
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs TRITON_INTERPRET=1; tests/gpu runs them on a GPU",
+)
+BUILT = pytest.mark.skipif(bool(extension.why_not("cpu")), reason="kdengine._C is not built")
+BACKENDS = [pytest.param("triton", marks=INTERPRETED), pytest.param("cuda", marks=BUILT)]
 # numpy's, where a discarded branch of a kernel overflows
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -71,12 +75,13 @@ def run(sides: list[Reduced], hard: Any, soft: Any, backend: str) -> list[Tensor
 @pytest.mark.parametrize("sizes", [(1, 7), (1025, 2050)], ids=str)
 @pytest.mark.parametrize("num_teachers", [1, 2])
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_terms_equal_the_arithmetic_of_the_losses(
-    flags: Any, num_teachers: int, sizes: tuple[int, int], spread: float
+    backend: str, flags: Any, num_teachers: int, sizes: tuple[int, int], spread: float
 ) -> None:
     sides = [reduced(n, num_teachers, spread, s) for n, s in zip(sizes, (1.0, 2.5), strict=True)]
     truth = run([leaves(x, torch.float64) for x in sides], *flags, "torch")
-    ours = run([leaves(x, torch.float32) for x in sides], *flags, "triton")
+    ours = run([leaves(x, torch.float32) for x in sides], *flags, backend)
     for i, (x, true_x) in enumerate(zip(ours, truth, strict=True)):
         assert x.dtype == torch.float32
         torch.testing.assert_close(
@@ -84,38 +89,137 @@ def test_terms_equal_the_arithmetic_of_the_losses(
         )
 
 
-def test_confident_pairs_keep_their_relative_accuracy() -> None:
+# one label that names no cell makes a hard term infinite; with labels that do, it is a number
+@pytest.mark.parametrize("all_named", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 7), (1025, 2050)], ids=str)
+@pytest.mark.parametrize("num_teachers", [1, 2])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@BUILT
+def test_terms_of_the_extension_are_exact_in_float64(
+    flags: Any, num_teachers: int, sizes: tuple[int, int], all_named: bool
+) -> None:
+    sides = [reduced(n, num_teachers, 5.0, s) for n, s in zip(sizes, (1.0, 2.5), strict=True)]
+    if all_named:
+        sides = [x._replace(labels=torch.zeros_like(x.labels)) for x in sides]
+    truth = run([leaves(x, torch.float64) for x in sides], *flags, "torch")
+    ours = run([leaves(x, torch.float64) for x in sides], *flags, "cuda")
+    for x, size, is_hard in zip(ours, sizes, flags[0], strict=False):
+        assert not is_hard or bool(x.isfinite()) == (all_named or size == 1)
+    for x, true_x in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, true_x, rtol=1e-12, atol=1e-14)
+
+
+@BUILT
+def test_two_runs_and_any_number_of_threads_give_the_same_bits() -> None:
+    sides = [leaves(reduced(n, 2, 5.0, 1.0), torch.float32) for n in (4099, 1500)]
+    sides = [x._replace(labels=x.labels.clamp(0, 8)) for x in sides]
+    first, threads = run(sides, *FLAGS["all"], "cuda"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        second = run(sides, *FLAGS["all"], "cuda")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_pairs_keep_their_relative_accuracy(backend: str) -> None:
     for margin in (-60.0, -30.0, -10.0, -1.0, 0.0, 1.0, 30.0):
-        x, nothing = torch.tensor([margin]), torch.empty(0, 1)
+        x, nothing = torch.tensor([margin]), torch.empty(0, 0)
         stats = Statistics(x, torch.zeros(1), torch.empty(0), *[nothing] * 4)
         side = Reduced(stats, torch.zeros(1, dtype=torch.int64), 1, 1.0)
-        loss = all_terms(side, None, (True, False), (False, False), torch.zeros(()), "triton")[0]
+        loss = all_terms(side, None, (True, False), (False, False), torch.zeros(()), backend)[0]
         truth = F.softplus(torch.tensor(margin, dtype=torch.float64))
         assert abs(loss - truth) <= 3e-7 * truth
 
 
-def test_terms_that_nobody_differentiates() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_terms_that_nobody_differentiates(backend: str) -> None:
     side = leaves(reduced(5, 1, 1.0, 1.0), torch.float32)
     off = torch.zeros(())
-    found = all_terms(side, None, (True, False), (True, False), off, "triton")
+    found = all_terms(side, None, (True, False), (True, False), off, backend)
     assert not found[4].requires_grad
     (gradient,) = torch.autograd.grad(found[2], side.statistics.gap)
     assert gradient.shape == (1, 5)
 
 
-def test_the_op_is_registered_as_it_should_be() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_op_is_registered_as_it_should_be(backend: str) -> None:
     side = leaves(reduced(5, 2, 1.0, 1.0), torch.float32)
     vectors = [side.statistics[i] for i in (0, 1, 3, 4, 5, 6)]
-    options = [[9, 9], [1.0, 1.0], [True, False], [True, False], "triton"]
+    options = [[9, 9], [1.0, 1.0], [True, False], [True, False], backend]
     torch.library.opcheck(_forward, (vectors, [], side.labels, side.labels, *options))
+    constants = [x.detach() for x in vectors]
+    torch.library.opcheck(
+        _backward, (torch.ones(2), constants, [], side.labels, side.labels, *options)
+    )
 
 
-def test_other_backends_use_the_arithmetic_of_the_losses() -> None:
-    assert has_terms("triton") and not has_terms("torch") and not has_terms("auto")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_need_not_be_contiguous(backend: str) -> None:
+    side = reduced(37, 2, 1.0, 1.0)
+    others, positive, mean, *teachers = side.statistics
+    vectors = (torch.stack([x, x], 1)[:, 0] for x in (others, positive))
+    # strides as those of a slice, and as those of columns that ranks have merged
+    slices = (torch.stack([x, x], 1)[:, 0] for x in teachers[:2])
+    merged = (x.mT.contiguous().mT for x in teachers[2:])
+    statistics = Statistics(*vectors, mean, *slices, *merged)
+    labels = torch.stack([side.labels, side.labels], 1)[:, 0]
+    strided = side._replace(statistics=statistics, labels=labels)
+    off, flags = torch.zeros(()), ((True, False), (True, False))
+    ours, whole = (all_terms(x, None, *flags, off, backend) for x in (strided, side))
+    assert all(torch.equal(x, y) for x, y in zip(ours, whole, strict=True))
 
 
-def test_second_derivatives_are_refused() -> None:
+@BUILT
+def test_gradcheck() -> None:
+    side = leaves(reduced(6, 2, 1.0, 1.0), torch.float64)
+    stats = side.statistics
+    # without the item that has nothing but a positive: infinity has no neighbours
+    stats = Statistics(*(x[..., 1:] for x in stats))
+    side = side._replace(labels=torch.arange(5))
+
+    def soft_and_hard(*learned: Tensor) -> tuple[Tensor, ...]:
+        given = stats._replace(**dict(zip(NAMES, learned, strict=True)))
+        flags = (True, False), (True, False)
+        found = all_terms(side._replace(statistics=given), None, *flags, torch.zeros(()), "cuda")
+        return found[0], found[2]
+
+    learned = [getattr(stats, name).detach().requires_grad_() for name in NAMES]
+    assert torch.autograd.gradcheck(soft_and_hard, learned)
+
+
+@BUILT
+def test_a_wrong_shape_is_refused_by_the_extension() -> None:
+    x, labels = reduced(5, 2, 1.0, 1.0).statistics, torch.zeros(5, dtype=torch.int64)
+    rows = [x[i] for i in (0, 1, 3, 4, 5, 6)]
+    good: dict[str, Any] = {"rows": rows, "cols": [], "labels": [labels] * 2, "limits": [9, 9]}
+    good |= {"shares": [1.0, 1.0], "hard": [True, False], "soft": [True, False]}
+    good |= {"values": torch.empty(2), "entropies": torch.empty(1)}
+    call = functools.partial(extension.call, "terms_forward")
+    call(*good.values())
+    for wrong, message in (
+        ({"rows": rows[:3]}, "six statistics of a side that has a term; 3 came"),
+        ({"rows": [y[:0] if y.dim() > 1 else y for y in rows]}, "items and.*teachers; 5 and 0"),
+        ({"rows": [rows[0], rows[1][:3], *rows[2:]]}, r"statistics \(1, 5\) float32; \(1, 3\)"),
+        ({"labels": [labels.int()] * 2}, r"labels \(1, 5\) int64; \(1, 5\) int32 came"),
+        ({"limits": [9]}, "limits, shares and flags of two sides; 1 came"),
+        ({"values": torch.empty(3)}, r"a number a term, \(1, 2\) float32; \(1, 3\)"),
+        ({"entropies": torch.empty(2)}, r"a number a soft side, \(1, 1\) float32; \(1, 2\)"),
+        ({"values": torch.empty(2).half()}, r"float32 or float64; \(1, 2\) float16 came"),
+    ):
+        with pytest.raises(ValueError, match=f"terms: expected .*{message}"):
+            call(*(good | wrong).values())
+
+
+def test_torch_uses_the_arithmetic_of_the_losses() -> None:
+    assert has_terms("triton") and has_terms("cuda")
+    assert not has_terms("torch") and not has_terms("auto")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend: str) -> None:
     side = leaves(reduced(5, 1, 1.0, 1.0), torch.float32)
-    loss = all_terms(side, None, (False, False), (True, False), torch.zeros(()), "triton")[2]
+    loss = all_terms(side, None, (False, False), (True, False), torch.zeros(()), backend)[2]
     with pytest.raises(RuntimeError, match="create_graph=True came"):
         torch.autograd.grad(loss, side.statistics.gap, create_graph=True)
