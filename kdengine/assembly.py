@@ -277,18 +277,14 @@ def header(
     teachers: Teachers | None,
     steps_per_epoch: int,
     total: int,
-    clusters: ClusterRows | None = None,
+    clusters: str = "",
 ) -> dict[str, str]:
-    """Rows that say what is about to run."""
+    """Rows that say what is about to run; ``clusters`` says what it learns of."""
     rows = {"student": size(student.spec, student.tower)}
     if teachers is not None:
         rows |= teachers.rows()
-    if clusters is not None:
-        cid = config.method.clip_cid
-        kind = "own prototypes" if cid.prototypes == "own" else "the teacher's centroids"
-        looked = f", those a batch names and {cid.sample_ratio:.1%} of the others in a step"
-        looked *= cid.sample_ratio < 1
-        rows["clusters"] = f"{clusters.num_clusters} of {cid.clusters}, {kind}{looked}"
+    if clusters:
+        rows["clusters"] = clusters
     batch, accum_freq = config.train.batch_size, config.train.accum_freq
     rows["method"] = config.method.name
     rows["ranks"] = f"{ranks.world_size} on {ranks.device.type}"

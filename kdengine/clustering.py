@@ -23,16 +23,35 @@ def open_clusters(
     if config.method.name != "clip_cid" or not own.on_clusters:
         return None
     clusters = ClusterRows(own.clusters, with_targets=own.needs_targets)
-    if own.positives > max(clusters.top, 1):
-        raise ValueError(
-            f"method.clip_cid.positives: expected at most the {clusters.top} nearest clusters that "
-            f"{own.clusters} stores of an image, got {own.positives}; run 'kdengine cluster' into "
-            "another folder with a larger --top"
-        )
+    for name, wanted in (("positives", own.positives), ("top", own.top)):
+        if own.needs_targets and wanted > clusters.top:
+            option = "--k" if clusters.top == clusters.num_clusters else "--top"
+            raise ValueError(
+                f"method.clip_cid.{name}: expected at most the {clusters.top} nearest clusters "
+                f"that {own.clusters} stores of an image, of {clusters.num_clusters} in all; got "
+                f"{wanted}; run 'kdengine cluster' into another folder with a larger {option}"
+            )
     if own.targets == "teacher" and own.cluster_kl:
         # one rank is enough: this may read the whole file of the weights
         ranks.first_only(lambda: _check_teacher(config, clusters, teachers, store), "clusters")
     return clusters
+
+
+def row(config: RunConfig, clusters: ClusterRows, store: Store | None) -> str:
+    """What the clusters are, in the run's header."""
+    own, told = config.method.clip_cid, [f"{clusters.num_clusters} of {clusters.folder}"]
+    if clusters.teacher is not None:
+        entry = TeacherEntry.from_dict(clusters.teacher)
+        told.append(f"of teacher {entry.spec.label}")
+        entries = store.manifest.teachers if store is not None else ()
+        if entries and all(other.weights != entry.weights for other in entries):
+            told[-1] += ", which is none of this run's"
+    if clusters.is_kept:
+        told.append("made of a keep list")
+    told.append("own prototypes" if own.prototypes == "own" else "the teacher's centroids")
+    if own.sample_ratio < 1:
+        told.append(f"those a batch names and {own.sample_ratio:.1%} of the others in a step")
+    return ", ".join(told)
 
 
 def _check_teacher(

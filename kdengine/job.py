@@ -156,7 +156,7 @@ def build(
             student, config.prune, group=me.group, device=me.device, seed=config.train.seed
         )
     teachers: Teachers | None
-    clusters = centres = None
+    clusters = centres = store = None
     if prompts:
         teachers, (loader, identity, data_rows) = prompts.teachers, prompts.data
         cleanup.callback(loader.close)
@@ -180,7 +180,8 @@ def build(
             f"the cut; got {config.prune.steps}"
         )
     steps_per_epoch = loader.steps_per_epoch
-    rows = assembly.header(config, me, student, teachers, steps_per_epoch, total, clusters)
+    told = clustering.row(config, clusters, store) if clusters else ""
+    rows = assembly.header(config, me, student, teachers, steps_per_epoch, total, told)
     tokens = prompts.class_tokens if prompts else None
     engine = build_engine(
         config, me, student, teachers, engine_config, class_tokens=tokens, centres=centres

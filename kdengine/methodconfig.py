@@ -125,6 +125,17 @@ class ClipCID:
                 f"{owner}.margin: a margin is for one positive, got {self.margin} with {many} "
                 "positives; set one of them to its default"
             )
+        for name, default, needed in (
+            ("centre_lr", 5.0, self.prototypes == "own"),
+            ("centre_wd", 0.0, self.prototypes == "own"),
+            ("teacher_scale", 100.0, self.targets == "teacher"),
+        ):
+            if getattr(self, name) != default and not needed:
+                what = "prototypes 'own'" if name != "teacher_scale" else "targets 'teacher'"
+                raise ValueError(
+                    f"{owner}.{name}: it is for {what} alone; got {getattr(self, name)}; leave it "
+                    f"away, or set {what}"
+                )
         if many > 1 and not self.cluster:
             raise ValueError(
                 f"{owner}.positives: several are for the term cluster, whose weight is 0; got "

@@ -160,6 +160,8 @@ def test_the_configuration_reaches_the_method() -> None:
         ),
         ({"margin": -1.0}, "method.clip_cid.margin: expected an angle 0 <= m < pi / 2"),
         ({"margin": 30.0}, "in radians, got 30.0"),
+        ({"prototypes": "teacher", "centre_lr": 3.0}, "it is for prototypes 'own' alone; got 3.0"),
+        ({"teacher_scale": 50.0}, "it is for targets 'teacher' alone; got 50.0"),
         ({"positives": 2, "cluster": 0.0}, "several are for the term cluster, whose weight is 0"),
         ({"sample_ratio": 1.5}, "method.clip_cid.sample_ratio: expected a share 0 <= r <= 1"),
         ({"scale": 0.5}, "method.clip_cid.scale: expected a multiplier 1..100, or 0"),
@@ -224,7 +226,7 @@ def test_centres_are_built_of_the_configuration() -> None:
     assert centres.state_dict()["centres"].shape == (CLUSTERS, WIDTH)
     assert centres.teacher is None and centres.constant_width is None
     assert build(targets="teacher").teacher is not None
-    assert build(prototypes="teacher").constant_width == WIDE
+    assert build(prototypes="teacher", centre_wd=0.0).constant_width == WIDE
 
 
 def test_sgd_has_no_prototypes_of_its_own() -> None:

@@ -110,6 +110,8 @@ class Manifest:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if "command" in values:
+                raise ValueError(f"it is that of a result of 'kdengine {values['command']}'")
             version = values.pop("format")
             if version != FORMAT:
                 raise ValueError(f"it is of format {version}, this version reads {FORMAT}")

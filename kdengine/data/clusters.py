@@ -58,6 +58,7 @@ class ClusterRows:
         scale: of that softmax.
         width: of the centroids.
         digest: changes with labels, centroids, top and scale.
+        is_kept: whether centroids are of some of the samples only.
         teacher: whose embeddings were clustered, as a cache tells its teachers; None of an array.
 
     Raises:
@@ -70,6 +71,7 @@ class ClusterRows:
         told = _read_manifest(self.folder)
         self.num_clusters, self.width = int(told["k"]), int(told["width"])
         self.scale, self.digest = float(told["scale"]), str(told["digest"])
+        self.is_kept = told.get("num_kept", 0) < told.get("num_rows", 0)
         self.teacher: dict[str, Any] | None = told.get("teacher")
         self.top = int(told["top"]) if with_targets else 0
         if with_targets and not self.top:

@@ -43,6 +43,10 @@ def kept_shards(shards: Sequence[ShardIndex], folder: Path) -> tuple[tuple[Shard
             f"data.keep: {folder} has no manifest.json: 'kdengine balance' has not finished it; "
             "run it again"
         )
+    if '"command": "cluster"' in (folder / "manifest.json").read_text(encoding="utf-8"):
+        raise ValueError(
+            f"data.keep: {folder} holds clusters; expected the folder that 'kdengine balance' wrote"
+        )
     absent = [shard for shard in shards if not _path(folder, shard).is_file()]
     if absent:
         raise FileNotFoundError(

@@ -182,8 +182,9 @@ class TrainLoader(ShardLoader):
         self.steps_per_epoch = num_samples // global_batch
         if not self.steps_per_epoch:
             parts = f" x {self._accum_freq} micro-batches" if self._accum_freq > 1 else ""
+            kept = f" of {index.num_samples}, those of the keep list," * (index.kept is not None)
             raise ValueError(
-                f"data: {counted(num_samples, 'sample')} cannot fill one global batch of "
+                f"data: {counted(num_samples, 'sample')}{kept} cannot fill one global batch of "
                 f"{counted(world_size, 'rank')}{parts} x {batch_size} = {global_batch}; lower "
                 f"--train.batch-size{' or --train.accum-freq' if parts else ''}, add data, or list "
                 "the shards several times"

@@ -168,6 +168,12 @@ def test_clusters_that_do_not_fit_are_refused(
     refused = {
         "no clusters": ({"method__clip_cid__clusters": tmp_path / "empty"}, "has no manifest.json"),
         "no targets": ({"method__clip_cid__clusters": made["labels"]}, "--top above 0"),
+        "top": ({"method__clip_cid__top": 3}, "clip_cid.top: expected at most the 2 nearest"),
+        "balanced": (
+            {"distill__cache": made["balanced"]},
+            "that of a result of 'kdengine balance'",
+        ),
+        "clustered": ({"data__keep": made["clusters"]}, "holds clusters; expected the folder"),
         "positives": ({"method__clip_cid__positives": 5}, "at most the 2 nearest clusters"),
         "width": (live | {"method__clip_cid__targets": "teacher"}, "of the widths [64, 64]"),
         "synthetic": (
@@ -180,7 +186,8 @@ def test_clusters_that_do_not_fit_are_refused(
         ),
     }
     lines = [cid(f"refused-{n}", **fields) for n, (fields, _) in enumerate(refused.values())]
-    lines[3] += ["--distill.distill-model", *[f"local-dir:{teacher}"] * 2]
+    at = list(refused).index("width")
+    lines[at] += ["--distill.distill-model", *[f"local-dir:{teacher}"] * 2]
     for (name, (_, message)), (code, error) in zip(
         refused.items(), train_here(*lines), strict=True
     ):
