@@ -146,6 +146,10 @@ def plain(values: Row) -> Row:
         # folders go: what is left of a path is its last part
         texts = [found[name]] if isinstance(found[name], str) else found[name]
         found[name] = [re.sub(r"[^=;:]*/", "", text) for text in texts]
+    # folders whose names tell how they were made
+    for name in ("data.keep", "method.clip_cid.clusters"):
+        if name in found:
+            found[name] = Path(found[name]).name
     return found
 
 

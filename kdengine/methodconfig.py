@@ -186,7 +186,8 @@ class Method:
         if self.name == "clip_cid" and own.on_clusters and not own.clusters:
             raise ValueError(
                 "method.clip_cid.clusters: expected the folder that 'kdengine cluster' wrote, got "
-                "none; make it of the embeddings of a cache ('kdengine cache')"
+                "none; make it of the embeddings of a cache ('kdengine cache'), or set the weights "
+                "cluster and cluster_kl to 0"
             )
 
     @property

@@ -237,6 +237,11 @@ def test_sgd_has_no_prototypes_of_its_own() -> None:
         )
 
 
+def test_without_terms_of_clusters_none_are_asked_for() -> None:
+    own = config.ClipCID(cluster=0.0, cluster_kl=0.0)
+    assert config.Method(name="clip_cid", clip_cid=own).clip_cid.clusters == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "needed"),
     [
