@@ -20,8 +20,10 @@ Words behind ``--`` go to every training. Finished cells are not run again, see 
 
 import argparse
 import functools
+import json
 import os
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from benchmarks.cells import Cell  # noqa: E402
 from benchmarks.quality_cid_table import ALL, BALANCE, CLUSTER, INSTANCE, RANDOM, TASK  # noqa: E402
 from benchmarks.quality_table import Row  # noqa: E402
 from kdengine import arguments  # noqa: E402
+from kdengine.cluster.embeddings import open_embeddings, read_parts  # noqa: E402
 from kdengine.cluster.folder import MANIFEST, read_manifest  # noqa: E402
 from kdengine.demo.shards import render_data  # noqa: E402
 
@@ -76,8 +79,24 @@ def make(options: argparse.Namespace) -> None:
         print(f"{folder.name}: made", flush=True)
 
 
+def scenes(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """How many things each image shows, and its full caption, in the order of the cache's rows."""
+    told = []
+    for part in open_embeddings(options.out / "cache").parts:
+        shard = Path(part.folder).name.rpartition("-")[0]
+        with tarfile.open(options.out / "data" / shard) as archive:
+            for member in archive:
+                if member.name.endswith(".json"):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    told.append(json.load(file))
+    things = np.array([len(each["scene"]["things"]) for each in told])
+    return things, np.array([each["caption"] for each in told])
+
+
 def selections(options: argparse.Namespace) -> list[Row]:
     """What the clusters and the choices of images are, a row each."""
+    embeddings, (things, captions) = open_embeddings(options.out / "cache"), scenes(options)
     folders = {"clusters": clusters_folder(options)}
     folders |= {data: keep_folder(options, data) for data, rule in RULES.items() if rule}
     rows = []
@@ -86,10 +105,20 @@ def selections(options: argparse.Namespace) -> list[Row]:
         # digests are of the cache's files, what was asked is in the name
         for name in ("embeddings", "digest", "asked", "format", "objectives"):
             told.pop(name, None)
-        rows.append({"benchmark": "selection", "what": what, "folder": folder.name, **told})
+        row: Row = {"benchmark": "selection", "what": what, "folder": folder.name, **told}
+        keep = np.ones(len(things), bool)
         if what == "clusters":
             sizes = np.quantile(np.load(folder / "sizes.npy"), [0, 0.5, 1])
-            rows[-1]["rows_in_one"] = [int(size) for size in sizes]
+            row["rows_in_one"] = [int(size) for size in sizes]
+        else:
+            keep = read_parts(folder, embeddings, "keep")
+        row["two_things"] = round(float((things[keep] == 2).mean()), 4)
+        if what == BALANCE:
+            gone, stands = ~keep, read_parts(folder, embeddings, "stands")
+            row["one_thing_of_removed"] = round(float((things[gone] == 1).mean()), 4)
+            same = captions[gone] == captions[stands[gone]]
+            row["removed_with_the_same_caption"] = round(float(same.mean()), 4)
+        rows.append(row)
     return rows
 
 

@@ -110,6 +110,12 @@ def selection(rows: Sequence[Row]) -> list[str]:
         f"{sets['num_sets']} sets of more than one ({small}), one of each stays. The largest has "
         f"{sets['largest_set']}, {share:.1%} of all; the widest is {sets['largest_diameter']:.2f} "
         f"wide, and {sets['share_of_sets_wider_than_eps']:.0%} are wider than eps.",
+        f"* Of the removed {sets['removed_with_the_same_caption']:.0%} have the very caption of "
+        f"the one that stays, and {sets['one_thing_of_removed']:.0%} show one thing: scenes of one "
+        f"are denser, and the threshold is one for all. Two things are on "
+        f"{clusters['two_things']:.0%} of all images, {told[RANDOM]['two_things']:.0%} of the "
+        f"random and {sets['two_things']:.0%} of the balanced ones. In the retrieval set (scenes) "
+        "all show two, in the zero-shot set (held-out) one.",
         f"* Random keeps {told[RANDOM]['num_kept']}, one choice for all seeds.",
         f"* {clusters['k']} clusters of all images, of {least} to {most} (median {median}); mean "
         f"cosine with the own centroid {1 - clusters['objective'] / 2:.3f}. Targets: the "

@@ -67,3 +67,23 @@ def test_an_unknown_choice_of_images_is_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         quality_cid.parse(["--data", "some"])
     assert "invalid choice: 'some'" in capsys.readouterr().err
+
+
+def test_the_page_tells_what_balance_removed() -> None:
+    sets = {"num_rows": 10, "num_kept": 6, "eps": 0.6, "num_sets": 2, "largest_set": 4}
+    sets |= {"histogram": {"4": 1, "2": 1}, "largest_diameter": 0.75, "two_things": 0.9}
+    sets |= {"share_of_sets_wider_than_eps": 0.5, "one_thing_of_removed": 0.8}
+    sets |= {"removed_with_the_same_caption": 0.25}
+    clusters = {"k": 3, "rows_in_one": [1, 3, 6], "objective": 0.4, "top": 2, "scale": 20.0}
+    told = quality_cid_table.selection(
+        [
+            {"what": "clusters", "two_things": 0.5, **clusters},
+            {"what": RANDOM, "num_kept": 6, "two_things": 0.4},
+            {"what": BALANCE, **sets},
+        ]
+    )
+    assert "6 of 10 images at eps 0.600 (cosine 0.820): 6 images lie in 2 sets" in told[0]
+    assert "(1 of 2, 1 of 4), one of each stays. The largest has 4, 40.0% of all" in told[0]
+    assert "25% have the very caption" in told[1] and "80% show one thing" in told[1]
+    assert "50% of all images, 40% of the random and 90% of the balanced" in told[1]
+    assert "3 clusters of all images, of 1 to 6 (median 3)" in told[3] and "0.800" in told[3]
