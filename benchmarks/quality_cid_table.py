@@ -10,6 +10,8 @@ from benchmarks.trainings import machine_words, table_lines
 ALL, RANDOM, BALANCE = "all", "random", "balance"
 TASK, INSTANCE, CLUSTER = "InfoNCE", "+ instance", "+ cluster"
 DATA, LOSSES = (ALL, RANDOM, BALANCE), (TASK, INSTANCE, CLUSTER)
+# what the names of these metrics have; those of retrieval have not
+ZEROSHOT = "held-out/"
 # rows of one training, by variant and seed
 Found = Mapping[tuple[str, int], Row]
 
@@ -27,7 +29,7 @@ def parts(name: str) -> tuple[str, str]:
 
 # (what, variant, the one it is compared with)
 BY_LOSS = [
-    (f"{data}: {one} over {other.removeprefix('+ ')}", variant(data, one), variant(data, other))
+    (f"{data}: {one} over {other}", variant(data, one), variant(data, other))
     for data in DATA
     for one, other in ((INSTANCE, TASK), (CLUSTER, INSTANCE))
 ]
@@ -68,31 +70,38 @@ def table(found: Found) -> list[str]:
 
 
 def gains(found: Found, pairs: Sequence[tuple[str, str, str]]) -> list[str]:
-    """A line a comparison that has seeds: points of the mean by seed, and where some seed loses."""
+    """A line a comparison that has seeds: points by seed, and where some seed loses."""
     lines = []
     for what, one, other in pairs:
         both = [s for name, s in found if name == one and (other, s) in found]
         if not both:
             continue
-        won = [mean(found[one, s]) - mean(found[other, s]) for s in both]
-        names = found[one, both[0]]["metrics"]
-        each = {
+        # points of each metric, one a seed
+        won = {
             name: [
                 100 * (found[one, s]["metrics"][name] - found[other, s]["metrics"][name])
                 for s in both
             ]
-            for name in names
+            for name in found[one, both[0]]["metrics"]
         }
-        behind = {name: min(x) for name, x in each.items() if min(x) <= 0}
-        told = ", ".join(f"{short(name)} {worst:+.1f}" for name, worst in behind.items())
-        if len(behind) > len(each) // 2:
-            told = ", ".join(short(name) for name in each if name not in behind)
-            told = f"all but {told}" if told else "all"
-        seeds = ", ".join(f"{x:+.1f}" for x in won)
-        ahead = f"{len(each) - len(behind)} of {len(each)}"
-        lines.append([what, spread(won), seeds, ahead, told or "none"])
-    columns = ["", "points of the mean", "by seed", "metrics ahead with every seed"]
+        zeroshot = [points for name, points in won.items() if ZEROSHOT in name]
+        retrieval = [points for name, points in won.items() if ZEROSHOT not in name]
+        told = [by_seed(points) for points in (list(won.values()), retrieval, zeroshot)]
+        behind = {name: min(x) for name, x in won.items() if min(x) <= 0}
+        misses = ", ".join(f"{short(name)} {worst:+.1f}" for name, worst in behind.items())
+        if len(behind) > len(won) // 2:
+            misses = ", ".join(short(name) for name in won if name not in behind)
+            misses = f"all but {misses}" if misses else "all"
+        ahead = f"{len(won) - len(behind)} of {len(won)}"
+        lines.append([what, *told, ahead, misses or "none"])
+    columns = ["", "mean of all", "retrieval", "zero-shot", "metrics ahead with every seed"]
     return table_lines([*columns, "not ahead with some seed, its worst"], lines)
+
+
+def by_seed(points: Sequence[Sequence[float]]) -> str:
+    """The mean over metrics, and that of each seed."""
+    each = [statistics.mean(own) for own in zip(*points, strict=True)]
+    return f"{statistics.mean(each):+.1f} ({', '.join(f'{x:+.1f}' for x in each)})"
 
 
 def selection(rows: Sequence[Row]) -> list[str]:
@@ -143,11 +152,11 @@ def page(found: Found, chosen: Sequence[Row]) -> str:
             "",
             *table(found),
             "",
-            "What was chosen:",
+            "The images and the clusters:",
             "",
             *selection(chosen),
             "",
-            "What a part of the loss buys, with equal seeds and images:",
+            "What a part of the loss buys, with equal seeds and images; points, mean and by seed:",
             "",
             *gains(found, BY_LOSS),
             "",

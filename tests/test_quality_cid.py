@@ -13,7 +13,7 @@ from kdengine.config import to_toml
 
 
 def row(first: float, second: float) -> dict[str, Any]:
-    metrics = {"s/image_to_text_R@1": first, "s/zeroshot-top1": second}
+    metrics = {"s/image_to_text_R@1": first, "held-out/zeroshot-top1": second}
     own = {"images": 10, "passes": 2.0, "time_s": 9.0, "cpu_time_s": 8.0}
     return {**own, "metrics": metrics, "cost": {"steps": 5}}
 
@@ -52,15 +52,17 @@ def test_gains_are_by_seed_and_name_what_is_not_ahead() -> None:
         (f"{ALL}, {TASK}", 0): row(0.1, 0.2),
         (f"{ALL}, {TASK}", 1): row(0.2, 0.2),
         (f"{ALL}, {INSTANCE}", 0): row(0.3, 0.3),
-        (f"{ALL}, {INSTANCE}", 1): row(0.4, 0.1),
+        (f"{ALL}, {INSTANCE}", 1): row(0.4, 0.06),
         (f"{RANDOM}, {TASK}", 0): row(0.1, 0.1),
     }
     _, _, line = quality_cid_table.gains(found, quality_cid_table.BY_LOSS)
-    assert "all: + instance over InfoNCE | 10.0 \u00b1 7.1 | +15.0, +5.0 | 1 of 2" in line
-    assert line.endswith("| s/top1 -10.0 |")
+    told = "+9.0 (+15.0, +3.0) | +20.0 (+20.0, +20.0) | -2.0 (+10.0, -14.0) | 1 of 2"
+    assert f"all: + instance over InfoNCE | {told}" in line
+    assert line.endswith("| held-out/top1 -14.0 |")
     _, _, line = quality_cid_table.gains(found, quality_cid_table.BY_DATA)
     # one seed of both
-    assert "InfoNCE: random over all | -5.0 \u00b1 0.0 | -5.0 | 0 of 2 | all |" in line
+    assert "InfoNCE: random over all | -5.0 (-5.0) | +0.0 (+0.0) | -10.0 (-10.0) |" in line
+    assert line.endswith("| 0 of 2 | all |")
 
 
 def test_an_unknown_choice_of_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
