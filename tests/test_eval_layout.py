@@ -8,7 +8,7 @@ import pytest
 
 from kdengine.cli import main
 from kdengine.evaluate import EvalSet, find_sets
-from kdengine.evaluate.layout import CLASSNAMES, COUNT, PROBE, TEMPLATES, ZEROSHOT, LocalSet
+from kdengine.evaluate.layout import CLASSNAMES, COUNT, KIND, PROBE, TEMPLATES, ZEROSHOT, LocalSet
 
 
 def make(folder: Path, **parts: int) -> Path:
@@ -111,11 +111,71 @@ def test_what_a_set_lacks_is_told(tmp_path: Path, spoil, task: str, match: str) 
                                     and "test/" not in one.faults[task])  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["retrieval", "multilabel"])
-def test_what_is_no_classification_is_left_out(tmp_path: Path, kind: str) -> None:
-    (make(tmp_path / "s", test=1) / "dataset_type.txt").write_text(f"{kind}\n")
+@pytest.mark.parametrize("kind", ["retrieval", "multilabel", "segmentation"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "empty"])
+def test_what_is_no_classification_is_left_out(tmp_path: Path, kind: str, whole: bool) -> None:
+    folder = tmp_path / "s"
+    make(folder, test=1) if whole else (folder / "test").mkdir(parents=True)
+    (folder / KIND).write_text(f"{kind}\n")
     one = only(tmp_path)
-    assert not one.tasks and not one.faults and kind in one.left_out
+    assert not one.tasks and not one.faults and f"says {kind}," in one.left_out
+
+
+def test_a_set_that_says_it_is_classification_is_evaluated(tmp_path: Path) -> None:
+    (make(tmp_path / "s", test=1) / KIND).write_text("Classification\n")
+    assert list(only(tmp_path).tasks) == [ZEROSHOT] and not only(tmp_path).left_out
+
+
+@pytest.mark.parametrize(
+    ("path", "lacks"),
+    [
+        ("wds_s/", "the folder {}/test is missing"),
+        ("wds_s/0.tar", "the folder {}/test is missing"),
+        ("s/test/", "{}/test/nshards.txt is missing, the number of shards (0 are there)"),
+        ("s/test/0.tar", "{}/test/nshards.txt is missing, the number of shards (1 are there)"),
+        ("s/train/0.tar", "the folder {}/test is missing"),
+        ("s/dataset_type.txt", "the folder {}/test is missing"),
+        ("a/b/c/wds_s/", "the folder {}/test is missing"),
+    ],
+)
+def test_what_is_meant_as_a_set_says_all_that_it_lacks(
+    tmp_path: Path, path: str, lacks: str
+) -> None:
+    make(tmp_path / "whole", test=1)
+    place = tmp_path / path
+    (place if path.endswith("/") else place.parent).mkdir(parents=True)
+    if not path.endswith("/"):
+        place.touch()
+    broken, whole = sorted(find_sets(tmp_path), key=lambda one: one.name == "whole")
+    assert not whole.faults and not broken.tasks
+    told = lacks.format(broken.folder)
+    told += f"; {broken.folder}/{CLASSNAMES} and {broken.folder}/{TEMPLATES}: missing"
+    assert broken.folder.name in ("s", "wds_s") and broken.faults == {ZEROSHOT: told}
+
+
+def test_a_folder_of_sets_is_none_by_its_name(tmp_path: Path) -> None:
+    make(tmp_path / "wds_all" / "test" / "dtd", test=1)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.tar").touch()
+    assert only(tmp_path).folder == tmp_path / "wds_all" / "test" / "dtd"
+    # beside an empty test part a set is no excuse
+    (tmp_path / "more" / "test").mkdir(parents=True)
+    make(tmp_path / "more" / "pets", test=1)
+    assert [one.name for one in find_sets(tmp_path) if one.faults] == ["more"]
+
+
+def test_shards_alone_in_the_folder_say_what_they_lack(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "0.tar").touch()
+    assert only(tmp_path).folder == tmp_path and only(tmp_path).faults
+
+
+def test_each_folder_is_visited_once_and_named_by_its_own_place(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x" / "dtd", test=1)
+    (tmp_path / "x" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a").symlink_to(folder)
+    (tmp_path / "self").symlink_to("self")
+    assert only(tmp_path).name == "x/dtd"
 
 
 @pytest.mark.parametrize(

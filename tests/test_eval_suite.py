@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from kdengine import models
 from kdengine.cli import main
 from kdengine.evaluate import find_sets, suite
 from kdengine.evaluate.evaluator import Evaluator
 from kdengine.evaluate.layout import LocalSet
-from kdengine.evaluate.scores import Scores, _plain, scores_table
+from kdengine.evaluate.scores import FittingTable, Scores, _plain, scores_table
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 Samples = list[tuple[bytes, int]]
@@ -110,6 +111,7 @@ def folder(photos: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_words(root / "unlike", NAMES[:2])
     write_part(root / "captions" / "test", [[]])
     (root / "captions" / "dataset_type.txt").write_text("retrieval\n")
+    (root / "wds_gone").mkdir()
     return root
 
 
@@ -125,7 +127,7 @@ def ran(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
         screens = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", screens[0])
         patch.setattr("sys.stderr", screens[1])
-        patch.setenv("COLUMNS", "120")
+        patch.setenv("COLUMNS", "40")
         code = main(words + results)
     files = {
         path.name: json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -269,16 +271,18 @@ def test_a_broken_set_is_told_and_costs_none_of_the_others(ran: Ran) -> None:
     assert any(line.startswith("unlike: linear probe failed: ") and "train/nshards.txt is missing"
                in line for line in lines)  # fmt: skip
     assert any(line.startswith("captions: not evaluated: ") for line in lines)
+    assert any(line.startswith(f"gone: zero-shot failed: the folder {root}/wds_gone/test is "
+                               "missing; ") for line in lines)  # fmt: skip
     assert "nameless/probe-top1" in ran.numbers
     assert "fgvc_aircraft: 1 image quarantined" in lines
     assert any(line.startswith("fgvc_aircraft: causes are listed in /") for line in lines)
 
 
 def test_progress_is_told_set_by_set(ran: Ran) -> None:
-    told = [line for line in ran.told.splitlines() if " of 7, " in line]
-    assert len(told) == 7
+    told = [line for line in ran.told.splitlines() if " of 8, " in line]
+    assert len(told) == 8
     value = ran.numbers["nameless/probe-top1"]
-    assert told[2].endswith(f" s: nameless: linear probe {100 * value:.1f} %, zero-shot failed")
+    assert told[3].endswith(f" s: nameless: linear probe {100 * value:.1f} %, zero-shot failed")
 
 
 def test_a_whole_folder_ends_well(ran: Ran, tmp_path: Path, capsys) -> None:
@@ -331,3 +335,48 @@ def test_means_are_over_the_sets_that_have_the_number() -> None:
     ]
     last = [list(column.cells)[-1] for column in scores_table(scores, "t").columns]
     assert last == ["mean", "", "", "50.0", "100.0", "30.0", "40.0", "-", "-"]
+
+
+LONG = ["vtab/diabetic_retinopathy", "vtab/smallnorb_label_elevation", "own/a[b] c"]
+
+
+def printed(width: int, terminal: bool) -> list[str]:
+    """The table's lines on a screen so wide."""
+    screen = io.StringIO()
+    table = FittingTable([Scores(LocalSet(name, Path())) for name in LONG], "t")
+    # as the command prints it
+    Console(file=screen, force_terminal=terminal, width=width, color_system=None).print(
+        table, crop=False
+    )
+    return screen.getvalue().splitlines()
+
+
+def first_cells(lines: list[str]) -> list[str]:
+    return [line.split("\u2502")[1].rstrip()[1:] for line in lines if line[0] == "\u2502"]
+
+
+def test_off_a_terminal_the_table_is_whole() -> None:
+    lines = printed(40, terminal=False)
+    assert first_cells(lines)[:3] == LONG and "\u2026" not in "".join(lines)
+    heads = " ".join(" ".join(lines[:5]).split())
+    assert all(word in heads for word in ("images", "classes", "acc5", "class ", "probe"))
+    assert "left out" not in " ".join(lines)
+
+
+def test_a_narrow_terminal_has_whole_names_and_fewer_columns() -> None:
+    lines = printed(80, terminal=True)
+    assert first_cells(lines)[:3] == LONG and max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "left out, the terminal is narrow: images, acc5, classes, per class" in text
+    assert text.count("headline") == 3 and "\u2026" not in text
+    wider = " ".join(" ".join(printed(100, terminal=True)).split())
+    assert wider.endswith("the terminal is narrow: images, acc5")
+    assert "left out" not in " ".join(printed(140, terminal=True))
+
+
+@pytest.mark.parametrize(("width", "used"), [(60, 60), (20, 58)])
+def test_in_the_narrowest_terminal_names_are_folded(width: int, used: int) -> None:
+    lines = printed(width, terminal=True)
+    names = "".join(first_cells(lines)).replace(" ", "")
+    assert names.startswith("".join(LONG).replace(" ", "")) and "\u2026" not in "".join(lines)
+    assert max(map(len, lines)) == used

@@ -8,12 +8,14 @@ A set is a folder with
 * ``test/``, with ``nshards.txt``, the number of shards, and these, ``0.tar``, ``1.tar``, ...: of
   images and `.cls`;
 * ``train/``, likewise, where it has a training part;
-* ``dataset_type.txt``, where it is no classification: ``retrieval`` or ``multilabel``.
+* ``dataset_type.txt``, where it is no classification: ``retrieval``, ``multilabel`` or another.
+
+A folder that has one of these, or a name as its sets are published, ``wds_...``, is meant as a set.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from kdengine.evaluate.sets import EvalSet
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 COUNT, KIND = "nshards.txt", "dataset_type.txt"
+CLASSIFICATION = "classification"
+PREFIX = "wds_"
 MARKS = (CLASSNAMES, TEMPLATES, f"test/{COUNT}", f"train/{COUNT}")
 EXPECTED = f"test/{COUNT}, test/0.tar, ..., {CLASSNAMES}, {TEMPLATES}"
 # ROOT/wds/vtab/cifar10 is three
@@ -74,7 +78,7 @@ def find_sets(root: str | Path) -> list[LocalSet]:
         what = "is a file" if top.exists() else "does not exist"
         raise FileNotFoundError(f"eval: --folder {root} {what}; expected a folder of data sets")
     found: dict[str, LocalSet] = {}
-    for folder in _folders(top, DEPTH):
+    for folder in _folders(top):
         one = _read(folder, set_name(folder, top))
         if one.name in found:
             raise ValueError(
@@ -97,25 +101,60 @@ def set_name(folder: Path, root: Path) -> str:
     ``wds/vtab/cifar10`` are all ``vtab/cifar10``.
     """
     parts = folder.relative_to(root).parts or (folder.resolve().name,)
-    if parts[-1].startswith("wds_"):
-        name = parts[-1].removeprefix("wds_").removesuffix("_test")
+    if parts[-1].startswith(PREFIX):
+        name = parts[-1].removeprefix(PREFIX).removesuffix("_test")
     else:
         name = "/".join(parts).removeprefix("wds/")
     return re.sub("^(vtab|wilds)-", r"\1/", name)
 
 
-def _folders(folder: Path, depth: int) -> Iterator[Path]:
-    """The sets in a folder; what is inside a set is none."""
-    if any((folder / mark).is_file() for mark in MARKS):
-        yield folder
-    elif depth:
-        for inner in _inner(folder):
-            yield from _folders(inner, depth - 1)
+def _folders(top: Path) -> list[Path]:
+    """The sets in a folder, whole or broken; what is inside a set with a mark is none.
+
+    Each folder is visited once; links are followed last, so that a set is named by its own place.
+    ``top``, ``wds_all`` and ``test`` may also hold sets; a set is made of them only where they hold
+    none.
+    """
+    sets: list[Path] = []
+    # where a set must not be, if the folder is to be one
+    doubtful: dict[Path, Path] = {}
+    seen: set[str] = set()
+    plain, links = deque([top]), deque[Path]()
+    while plain or links:
+        folder = (plain or links).popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        if any((folder / mark).is_file() for mark in MARKS):
+            sets.append(folder)
+            continue
+        test = folder / "test"
+        sure = (folder / KIND).is_file() or _tars(test) or _tars(folder / "train")
+        if sure and folder != top:
+            sets.append(folder)
+        elif sure or test.is_dir():
+            doubtful[folder] = folder if folder == top else test
+        elif folder.name.startswith(PREFIX) and folder != top:
+            doubtful[folder] = folder
+        if len(folder.relative_to(top).parts) < DEPTH:
+            for inner in _inner(folder):
+                (links if inner.is_symlink() else plain).append(inner)
+    known = [*sets, *doubtful]
+    for folder, place in doubtful.items():
+        if not any(other != folder and other.is_relative_to(place) for other in known):
+            sets.append(folder)
+    return sorted(sets)
+
+
+def _tars(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.tar")}
 
 
 def _inner(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        names = [one.name for one in entries if not one.name.startswith(".") and one.is_dir()]
+        # a link to itself is no folder
+        names = [one.name for one in entries if one.name[0] != "." and os.path.isdir(one)]
     return [folder / name for name in sorted(names)]
 
 
@@ -123,23 +162,22 @@ def _read(folder: Path, name: str) -> LocalSet:
     """What can be evaluated of a set, and what it lacks."""
     one = LocalSet(name, folder)
     kind = folder / KIND
-    told = (
-        kind.read_text(encoding="utf-8", errors="replace").strip().lower() if kind.is_file() else ""
-    )
-    if told in ("retrieval", "multilabel"):
-        left_out = f"not evaluated: {KIND} says {told}, and only classification is evaluated"
+    told = " ".join(_text(kind).lower().split()) if kind.is_file() else ""
+    if told not in ("", CLASSIFICATION):
+        left_out = f"not evaluated: {KIND} says {told[:40]}, and only classification is evaluated"
         return LocalSet(name, folder, left_out=left_out)
     # the name of an evaluation set has no slash
     plain = re.sub(r"[^\w.-]+", "-", name)
+    names, templates = folder / CLASSNAMES, folder / TEMPLATES
+    absent = [str(path) for path in (names, templates) if not path.is_file()]
+    missing = [f"{' and '.join(absent)}: missing"] if absent else []
     try:
         test = _shards(folder, "test")
     except ValueError as error:
-        one.faults[ZEROSHOT] = str(error)
+        one.faults[ZEROSHOT] = "; ".join([str(error), *missing])
         return one
-    names, templates = folder / CLASSNAMES, folder / TEMPLATES
-    missing = [str(path) for path in (names, templates) if not path.is_file()]
     if missing:
-        one.faults[ZEROSHOT] = f"{' and '.join(missing)}: missing"
+        one.faults[ZEROSHOT] = missing[0]
     else:
         one.tasks[ZEROSHOT] = EvalSet(
             name=plain,
@@ -166,7 +204,7 @@ def _shards(folder: Path, part: str) -> str:
     count = folder / part / COUNT
     if not count.parent.is_dir():
         raise ValueError(f"the folder {count.parent} is missing")
-    there = {path.name for path in count.parent.glob("*.tar")}
+    there = _tars(count.parent)
     if not count.is_file():
         raise ValueError(f"{count} is missing, the number of shards ({len(there)} are there)")
     said = _text(count)

@@ -4,12 +4,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from kdengine.evaluate.layout import PROBE, TASKS, ZEROSHOT, LocalSet
 from kdengine.evaluate.probe import SEED
@@ -34,6 +39,10 @@ _OURS = {
 }
 
 
+# of the table's columns, what a narrow terminal does without, first to last
+DISPENSABLE = ("images", "acc5", "classes", "per class")
+# of the table, with names of twelve characters a line
+NARROWEST = 58
 # among faults, of what is no task
 WRITING = "writing"
 
@@ -92,38 +101,65 @@ class Scores:
         return faults + ([f"{name}: {left_out}"] if left_out else [])
 
 
-def scores_table(scores: Sequence[Scores], title: str) -> Table:
+@dataclass(frozen=True)
+class FittingTable:
+    """``scores_table`` in the width of a terminal, without the columns that are too many for it.
+
+    Elsewhere it is as wide as it needs to be. Where it still does not fit, the names of the sets
+    are folded.
+    """
+
+    scores: Sequence[Scores]
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number in range(len(DISPENSABLE) + 1):
+            table = scores_table(self.scores, self.title, without=DISPENSABLE[:number])
+            needed = Measurement.get(console, options.update(max_width=sys.maxsize), table).maximum
+            if not console.is_terminal or needed <= options.max_width:
+                options = options.update(max_width=needed)
+                break
+        else:
+            options = options.update(max_width=max(options.max_width, NARROWEST))
+        yield from console.render(table, options)
+
+
+def scores_table(scores: Sequence[Scores], title: str, without: Collection[str] = ()) -> Table:
     """A row for each data set in percent, and their means.
 
-    Each mean is over the sets that have the number.
+    Each mean is over the sets that have the number. The columns ``without``, of ``DISPENSABLE``,
+    are left out, and the caption says so.
     """
     columns = [
         ("zero-shot\nacc1", ZEROSHOT, "acc1"),
-        ("\nacc5", ZEROSHOT, "acc5"),
-        ("\nper class", ZEROSHOT, "mean_per_class_recall"),
-        ("\nheadline", ZEROSHOT, None),
+        ("acc5", ZEROSHOT, "acc5"),
+        ("per\nclass", ZEROSHOT, "mean_per_class_recall"),
+        ("headline", ZEROSHOT, None),
         ("probe\nacc1", PROBE, "lp_acc1"),
-        ("\nheadline", PROBE, None),
+        ("headline", PROBE, None),
     ]
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("set", vertical="bottom")
-    for name in ("images", "classes", *(head for head, *_ in columns)):
-        table.add_column(name, justify="right", vertical="bottom")
+    table.add_column("set", vertical="bottom", overflow="fold")
+    heads = ["images", "classes", *(head for head, *_ in columns)]
+    kept = [" ".join(head.split()) not in without for head in heads]
+    for head in compress(heads, kept):
+        table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
     rows = [
         [one.headline(task) if name is None else one.value(task, name) for _, task, name in columns]
         for one in scores
     ]
     for one, row in zip(scores, rows, strict=True):
         counts = [f"{count:,}" if count else "-" for count in (one.num_images, one.num_classes)]
-        table.add_row(one.found.name, *counts, *map(_percent, row))
+        table.add_row(Text(one.found.name), *compress([*counts, *map(_percent, row)], kept))
     table.add_section()
     known = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
     means = [sum(values) / len(values) if values else None for values in known]
-    table.add_row("mean", "", "", *map(_percent, means))
+    table.add_row("mean", *compress(["", "", *map(_percent, means)], kept))
     table.caption = (
         "in percent; headline: per class (mean recall) for Aircraft, Caltech-101, Flowers and "
         "Pets, acc1 for the others; acc5 of five classes or more; each mean is over the sets that "
         "have the number"
+        + (f"; left out, the terminal is narrow: {', '.join(without)}" if without else "")
     )
     return table
 

@@ -21,7 +21,7 @@ from kdengine.evaluate import left_out
 from kdengine.evaluate.command import model_words, open_model, whole
 from kdengine.evaluate.evaluator import Evaluator, Kept
 from kdengine.evaluate.layout import LocalSet
-from kdengine.evaluate.scores import WRITING, Scores, flat, scores_table, write_scores
+from kdengine.evaluate.scores import WRITING, FittingTable, Scores, flat, write_scores
 from kdengine.models import TwoTower
 from kdengine.ranks import on_gpu
 
@@ -91,7 +91,7 @@ def evaluate_suite(
             print(f"{number} of {len(sets)}, {seconds:.0f} s: {own.line()}", file=sys.stderr)
     if out is not None:
         Path(out).write_text(json.dumps(flat(scores), indent=2, allow_nan=False) + "\n")
-    parts: list[RenderableType] = [scores_table(scores, title or model), *map(whole, lines)]
+    parts: list[RenderableType] = [FittingTable(scores, title or model), *map(whole, lines)]
     return Group(*parts), any(one.faults for one in scores)
 
 
