@@ -6,7 +6,8 @@
     OUT/shards/SHARD-DIGEST/stands.npy int64 [n], number of the row that stays for each
     OUT/balance.svg                    sizes and widths of the sets, share kept at every threshold
 
-For an array the files of rows lie in OUT itself. Train with ``--data.keep OUT``.
+For an array the files of rows lie in OUT itself. The same options again search nothing anew; other
+ones are refused, since runs and clusters may point to the folder. Train with ``--data.keep OUT``.
 
 Attested of CLIP-CID's image semantic balance, partly at second hand: Euclidean distance of
 OpenCLIP ViT-bigG/14 embeddings, union-find, the central image of each set stays, 43.7 % of
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from rich.console import Group
 from rich.table import Table
 
 from kdengine.cluster import candidates, folder, picture
-from kdengine.cluster.embeddings import Embeddings, open_embeddings, write_parts
+from kdengine.cluster.embeddings import Embeddings, open_embeddings, read_parts, write_parts
 from kdengine.cluster.forest import Forest, greedy_cover
 from kdengine.cluster.sets import Sets, represent
 from kdengine.data.progress import Progress
@@ -234,7 +235,7 @@ def balance_command(
 
     Args:
         path: see ``open_embeddings``.
-        out: folder of the results.
+        out: folder of the results; what it holds of the same options is told again.
         wanted: what to keep.
         teacher: which of a cache's.
         shards: the data, for a page of removed images beside those that stay for them.
@@ -246,7 +247,25 @@ def balance_command(
         ValueError: arguments or embeddings that cannot be used, or ``out`` holds other things.
     """
     out, embeddings = Path(out), open_embeddings(Path(path), teacher)
-    lock = folder.claim(out, "balance", FILES)
+    asked = {"embeddings": embeddings.digest, **asdict(wanted)}
+    with folder.claim(out, "balance", FILES):
+        if (out / folder.MANIFEST).exists():
+            made = folder.read_manifest(out).get("asked", {})
+            folder.check_asked(out, "balance", "result", made, asked)
+        else:
+            _choose(embeddings, out, wanted, asked)
+        told, notes = folder.read_manifest(out), []
+        if shards is not None and wanted.rule != "random":
+            stands = read_parts(out, embeddings, "stands")
+            found = Found(stands, read_parts(out, embeddings, "keep"), told["eps"])
+            page = picture.write_sheet(out, embeddings, found, shards, index_dir)
+            notes.append(f"wrote {page}")
+    notes.append(f"train with --data.keep {out}")
+    return Group(table(out, told), *notes)
+
+
+def _choose(embeddings: Embeddings, out: Path, wanted: Wanted, asked: dict[str, Any]) -> None:
+    """Search, and write what was found."""
     with Progress(sys.stderr.isatty()) as bars:
         if wanted.rule == "random":
             found, count = at_random(embeddings.num_rows, wanted), 0
@@ -254,24 +273,16 @@ def balance_command(
             search = Search(embeddings, wanted, bars)
             found = search.by_sets() if wanted.rule == "sets" else search.by_cover()
             count = search.count
-    # what is written below must not be taken for an older result
-    (out / folder.MANIFEST).unlink(missing_ok=True)
+    # left by one that was interrupted
     for name in FILES:
         old = out / name
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     write_parts(out, embeddings, "keep", found.keep)
     write_parts(out, embeddings, "stands", found.stands)
-    told = describe(embeddings, wanted, found, count)
     if found.sets is not None:
         picture.draw(out / "balance.svg", found, embeddings.num_rows)
+    told = {"asked": asked, **describe(embeddings, wanted, found, count)}
     folder.write_manifest(out, "balance", told)
-    notes = []
-    if shards is not None and wanted.rule != "random":
-        page = picture.write_sheet(out, embeddings, found, shards, index_dir)
-        notes.append(f"wrote {page}")
-    lock.close()
-    notes.append(f"train with --data.keep {out}")
-    return Group(table(out, told), *notes)
 
 
 def at_random(num_rows: int, wanted: Wanted) -> Found:

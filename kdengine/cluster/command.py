@@ -120,14 +120,8 @@ def _begin(out: Path, wanted: dict[str, Any]) -> IO[str]:
         found = folder.read_manifest(out)["asked"]
     elif (out / STATE).exists():
         found = torch.load(out / STATE, weights_only=True)["asked"]
-    if found is not None and found != wanted:
-        other = [
-            f"{n} {found.get(n)}, not {wanted[n]}" for n in wanted if found.get(n) != wanted[n]
-        ]
-        raise ValueError(
-            f"cluster: {out} holds another clustering: {'; '.join(other)}; give the options it was "
-            "made with, or another folder"
-        )
+    if found is not None:
+        folder.check_asked(out, "cluster", "clustering", found, wanted)
     return lock
 
 

@@ -46,6 +46,35 @@ def claim(out: Path, command: str, known: tuple[str, ...] = ()) -> IO[str]:
     return lock
 
 
+def check_asked(
+    out: Path, command: str, what: str, found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """See that what the folder holds was asked for by the same options.
+
+    Raises:
+        ValueError: it was not; the message names those that differ.
+    """
+    other = [
+        f"{name if name == 'embeddings' else f'--{name}'} {_short(found.get(name))}, not "
+        f"{_short(wanted[name])}"
+        for name in wanted
+        if found.get(name) != wanted[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{command}: {out} holds another {what}: {'; '.join(other)}; give the options it was "
+            "made with, or another folder"
+        )
+
+
+def _short(value: Any) -> str:
+    """An option's value for a person: of a digest the beginning."""
+    if value is None:
+        return "none"
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
 def write_manifest(out: Path, command: str, values: dict[str, Any]) -> None:
     """Write the description in one step."""
     told = {"format": FORMAT, "command": command, **values}

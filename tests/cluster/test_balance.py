@@ -235,6 +235,37 @@ def test_removed_images_are_shown_beside_those_that_stay(
     assert index.keep(tmp_path / "out").num_read == 44
 
 
+def test_another_result_is_not_overwritten(
+    scenes: Path, write_cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = str(next(scenes.glob("*train*.tar")))
+    (shard,) = ensure_index(shards).shards
+    rows = F.normalize(torch.randn(shard.num_samples, WIDTH), dim=1)
+    rows[10:14] = F.normalize(rows[3] + 0.01 * torch.randn(4, WIDTH), dim=1)
+    cache = write_cache(tmp_path / "cache", {shard.label: rows[None]})
+    out = tmp_path / "out"
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    balance_command(cache, out, Wanted(eps=0.2), shards=shards)
+    before = files()
+    assert str(out / "removed.html") in before
+    for wanted, message in (
+        (Wanted(eps=0.3), "holds another result: --eps 0.2, not 0.3; give the options it was made"),
+        (Wanted(eps=0.2, rule="greedy", seed=1), "--rule sets, not greedy; --seed 0, not 1; give"),
+        (Wanted(retention=0.5), "--eps 0.2, not none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            balance_command(cache, out, wanted)
+    assert files() == before
+    # the same again searches nothing and writes the page where it is asked for
+    (out / "removed.html").unlink()
+    monkeypatch.setattr("kdengine.cluster.balance.Search", None)
+    balance_command(cache, out, Wanted(eps=0.2), shards=shards)
+    assert files() == before
+
+
 def test_the_command_tells_what_it_found(
     write_array: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -243,8 +274,10 @@ def test_the_command_tells_what_it_found(
     told = capsys.readouterr().out
     assert "120 of 142, 84.51%" in told and f"--data.keep {out}" in told.replace("\n", "")
     assert (tmp_path / "out" / "balance.svg").read_text().count("<g id") > 10
-    # a second call replaces the first
-    assert main(["balance", path, out, "--rule", "random"]) == 0
+    # the same again is told again
+    assert main(["balance", path, out, "--eps", "0.05"]) == 0
+    assert capsys.readouterr().out == told
+    assert main(["balance", path, str(tmp_path / "any"), "--rule", "random"]) == 0
     assert "80 of 142" in capsys.readouterr().out
     for words, message in (
         ([path, out, "--retention", "0"], "balance: expected --retention above 0"),

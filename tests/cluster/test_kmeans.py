@@ -313,9 +313,9 @@ def test_labels_lie_beside_the_shards_of_a_cache(
 def test_what_cannot_be_is_refused(write_array: Any, write_cache: Any, tmp_path: Path) -> None:
     path, out = write_array(clustered(40, 4, 8)), tmp_path / "out"
     cluster_command(path, out, k=4)
-    with pytest.raises(ValueError, match="holds another clustering: k 4, not 5; give the options"):
+    with pytest.raises(ValueError, match="holds another clustering: --k 4, not 5; give the"):
         cluster_command(path, out, k=5)
-    with pytest.raises(ValueError, match="another clustering: top 64, not 9; scale 100.0, not 8"):
+    with pytest.raises(ValueError, match="clustering: --top 64, not 9; --scale 100.0, not 8"):
         cluster_command(path, out, k=4, top=9, scale=8.0)
     with pytest.raises(ValueError, match="--k is between 1 and the number of rows, 40; got 41"):
         cluster_command(path, tmp_path / "more", k=41)
