@@ -79,7 +79,7 @@ def balance(
     *,
     rule: Literal["sets", "greedy", "random"] = "sets",
     eps: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None,
-    retention: float = 0.563,
+    retention: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None,
     cells: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None,
     probes: int = 3,
     seed: int = 0,
@@ -96,8 +96,10 @@ def balance(
         rule: 'sets' joins images closer than the threshold, also by way of others, and keeps the
             most central of each set; 'greedy' keeps in order each that is near none kept before;
             'random' keeps any, the control without which the others say nothing.
-        eps: Threshold, a distance of unit embeddings; by default that which keeps --retention.
-        retention: Share of the images to keep, the paper's by default.
+        eps: Threshold, a distance of unit embeddings; by default that which keeps --retention of
+            the images.
+        retention: Share of the images to keep, in place of --eps; without either 0.563, the
+            paper's.
         cells: Coarse cells that near images are looked for in; by default none up to 100,000
             images, whose pairs are all looked at, and above one for every 1,024.
         probes: Further cells that every image looks into.
@@ -106,11 +108,6 @@ def balance(
         shards: The data, for a page of removed images beside those that stay.
         index_dir: Folder of its index; by default beside the shards.
     """
-    if not 0 < retention <= 1 or (eps is not None and not 0 < eps < 2):
-        raise ValueError(
-            f"balance: expected --retention above 0 and up to 1, got {retention}, and --eps "
-            f"between 0 and 2, got {eps}"
-        )
     if eps is not None and rule == "random":
         raise ValueError("balance: --rule random has no threshold; leave --eps away")
     if probes < 0 or (cells is not None and cells < 0):

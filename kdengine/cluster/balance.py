@@ -56,7 +56,7 @@ class Wanted:
         rule: ``sets``, the central image of each set of union-find; ``greedy``, in order each image
             that is near none kept before; ``random``, any.
         eps: distance of unit embeddings below which two are near; None calibrates it.
-        retention: share of the images to keep.
+        retention: share of the images to keep, in place of eps; without either ``RETENTION``.
         cells: coarse cells that pairs are looked for in, 0 for all pairs; None chooses.
         probes: further cells that each row looks into.
         seed: of random choices.
@@ -64,10 +64,32 @@ class Wanted:
 
     rule: Rule = "sets"
     eps: float | None = None
-    retention: float = RETENTION
+    retention: float | None = None
     cells: int | None = None
     probes: int = 3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and self.retention is not None:
+            raise ValueError(
+                "balance: --eps says how many images stay, and so does --retention; got "
+                f"{self.eps:g} and {self.retention:g}, leave one away"
+            )
+        if self.eps is not None and not 0 < self.eps < 2:
+            raise ValueError(f"balance: expected --eps between 0 and 2, got {self.eps}")
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"balance: expected --retention above 0 and up to 1, got {self.retention}"
+            )
+
+    @property
+    def share(self) -> float:
+        """Of the images to keep, where no threshold is given."""
+        return RETENTION if self.retention is None else self.retention
+
+    def asked(self) -> dict[str, Any]:
+        """What makes the result another: the defaults written out."""
+        return {**asdict(self), "retention": self.share if self.eps is None else None}
 
 
 @dataclass
@@ -133,7 +155,7 @@ class Search:
     def by_sets(self) -> Found:
         """Union-find at a threshold that was given, or at the one that keeps as many as asked."""
         wanted, total = self._wanted, self._embeddings.num_rows
-        num_kept = round(wanted.retention * total)
+        num_kept = round(wanted.share * total)
         largest = self.first_guess() if wanted.eps is None else wanted.eps
         for _ in range(ATTEMPTS):
             forest = Forest(total)
@@ -154,7 +176,7 @@ class Search:
     def by_cover(self) -> Found:
         """Greedy cover; a threshold for a share is found by halving between two."""
         wanted, total = self._wanted, self._embeddings.num_rows
-        num_kept = round(wanted.retention * total)
+        num_kept = round(wanted.share * total)
         largest = self.first_guess() if wanted.eps is None else wanted.eps
         for _ in range(ATTEMPTS):
             pairs, distances = self._all_pairs(largest)
@@ -198,7 +220,7 @@ class Search:
         Of rows with a neighbour within eps about three of four are joined to another: this is the
         distance that so many have one within, by a sample of rows against all.
         """
-        share = min(1.0, (1 - self._wanted.retention) / 0.75)
+        share = min(1.0, (1 - self._wanted.share) / 0.75)
         near = candidates.nearest_distances(self._embeddings, self._sample, self._device)
         return max(float(np.quantile(near, share)), 1e-6)
 
@@ -214,7 +236,7 @@ class Search:
         return float(found.mean()), float(joined.mean())
 
     def _no_threshold(self, eps: float) -> ValueError:
-        share = self._wanted.retention
+        share = self._wanted.share
         return ValueError(
             f"balance: even at a distance of {eps:.3f} more than {share:.1%} are left of "
             f"{self._embeddings.num_rows:,} rows in {self.count} cells; give --eps, a larger "
@@ -247,18 +269,27 @@ def balance_command(
         ValueError: arguments or embeddings that cannot be used, or ``out`` holds other things.
     """
     out, embeddings = Path(out), open_embeddings(Path(path), teacher)
-    asked = {"embeddings": embeddings.digest, **asdict(wanted)}
+    if shards is not None and wanted.rule == "random":
+        raise ValueError(
+            "balance: of what --rule random removes there is no page, nothing stands for it; leave "
+            "--shards away"
+        )
+    asked = {"embeddings": embeddings.digest, **wanted.asked()}
     with folder.claim(out, "balance", FILES):
-        if (out / folder.MANIFEST).exists():
+        is_made = (out / folder.MANIFEST).exists()
+        if is_made:
             made = folder.read_manifest(out).get("asked", {})
             folder.check_asked(out, "balance", "result", made, asked)
-        else:
+        images = None
+        if shards is not None:
+            images = picture.open_images(embeddings, shards, index_dir)
+        if not is_made:
             _choose(embeddings, out, wanted, asked)
         told, notes = folder.read_manifest(out), []
-        if shards is not None and wanted.rule != "random":
+        if images is not None:
             stands = read_parts(out, embeddings, "stands")
             found = Found(stands, read_parts(out, embeddings, "keep"), told["eps"])
-            page = picture.write_sheet(out, embeddings, found, shards, index_dir)
+            page = picture.write_sheet(out, embeddings, found, images)
             notes.append(f"wrote {page}")
     notes.append(f"train with --data.keep {out}")
     return Group(table(out, told), *notes)
@@ -289,7 +320,7 @@ def at_random(num_rows: int, wanted: Wanted) -> Found:
     """As many as asked for, any: the control that says whether balance does anything."""
     keep = np.zeros(num_rows, bool)
     draw = np.random.default_rng(wanted.seed)
-    keep[draw.choice(num_rows, round(wanted.retention * num_rows), replace=False)] = True
+    keep[draw.choice(num_rows, round(wanted.share * num_rows), replace=False)] = True
     # nobody stands for those that go
     return Found(np.where(keep, np.arange(num_rows), -1), keep)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,12 +65,24 @@ def draw(path: Path, found: Found, num_rows: int) -> None:
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
 
 
-def write_sheet(
-    out: Path, embeddings: Embeddings, found: Found, shards: str, index_dir: str | None
-) -> Path:
-    """A page of removed images, each row a set: first the one that stays, then some that go.
+@dataclass(frozen=True)
+class Images:
+    """The images of embeddings.
 
-    Sets of all sizes, the largest first, evenly by rank.
+    Attributes:
+        index: of their shards.
+        begins: number of the first row of each part of the embeddings, ascending.
+        firsts: from that to the first sample's number in the index; of shards that were not given
+            there is none.
+    """
+
+    index: DatasetIndex
+    begins: np.ndarray
+    firsts: dict[int, int]
+
+
+def open_images(embeddings: Embeddings, shards: str, index_dir: str | None) -> Images:
+    """Find the images of embeddings in shards.
 
     Raises:
         ValueError: the shards are not those of the embeddings.
@@ -86,7 +99,14 @@ def write_sheet(
             f"balance: none of the shards {shards} is one whose embeddings were given; a shard "
             "with other samples or captions than when it was cached counts as another"
         )
-    begins = np.array([part.first for part in embeddings.parts])
+    return Images(index, np.array([part.first for part in embeddings.parts]), firsts)
+
+
+def write_sheet(out: Path, embeddings: Embeddings, found: Found, images: Images) -> Path:
+    """A page of removed images, each row a set: first the one that stays, then some that go.
+
+    Sets of all sizes, the largest first, evenly by rank.
+    """
     gone = np.flatnonzero(~found.keep & (found.stands >= 0))
     owners, counts = np.unique(found.stands[gone], return_counts=True)
     owners = owners[np.argsort(-counts, kind="stable")]
@@ -98,7 +118,7 @@ def write_sheet(
         x = embeddings.take(some)
         cosines = (x @ x[0]).tolist()
         figures = [
-            _figure(index, begins, firsts, int(row), cosine, row == owner)
+            _figure(images, int(row), cosine, row == owner)
             for row, cosine in zip(some, cosines, strict=True)
         ]
         more = len(members) - len(some) + 1
@@ -115,22 +135,15 @@ def write_sheet(
     return path
 
 
-def _figure(
-    index: DatasetIndex,
-    begins: np.ndarray,
-    firsts: dict[int, int],
-    row: int,
-    cosine: float,
-    kept: bool,
-) -> Html:
-    begin = int(begins[np.searchsorted(begins, row, side="right") - 1])
-    if begin not in firsts:
+def _figure(images: Images, row: int, cosine: float, kept: bool) -> Html:
+    begin = int(images.begins[np.searchsorted(images.begins, row, side="right") - 1])
+    if begin not in images.firsts:
         return tag("figure", tag("figcaption", "in a shard that was not given"))
-    number = firsts[begin] + row - begin
-    image = Image.open(io.BytesIO(index.image_bytes(number))).convert("RGB")
+    number = images.firsts[begin] + row - begin
+    image = Image.open(io.BytesIO(images.index.image_bytes(number))).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     told = "stays" if kept else f"{cosine:.4f}"
-    caption = tag("figcaption", f"{told} \u00b7 {index.key(number)}")
+    caption = tag("figcaption", f"{told} \u00b7 {images.index.key(number)}")
     return tag(
         "figure",
         tag("img", src=jpeg_source(image), alt=""),

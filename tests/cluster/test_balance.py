@@ -214,7 +214,7 @@ def test_cells_lose_few_pairs_and_say_how_many(write_array: Any, tmp_path: Path)
 
 
 def test_removed_images_are_shown_beside_those_that_stay(
-    scenes: Path, write_cache: Any, tmp_path: Path
+    scenes: Path, write_cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = str(next(scenes.glob("*train*.tar")))
     (shard,) = (index := ensure_index(shards)).shards
@@ -227,7 +227,8 @@ def test_removed_images_are_shown_beside_those_that_stay(
     assert "4 of 48 images removed" in page
     assert all(index.key(n) in page for n in (3, 10, 11, 12, 13))
     assert Image.open(io.BytesIO(index.image_bytes(10))).size == (64, 64)
-    # its shards are those of the embeddings, or there is nothing to show
+    # its shards are those of the embeddings, or there is nothing to show: said before the search
+    monkeypatch.setattr("kdengine.cluster.balance.Search", None)
     other = str(next(scenes.glob("*val*.tar")))
     with pytest.raises(ValueError, match="none of the shards .* is one whose embeddings"):
         balance_command(cache, tmp_path / "more", Wanted(eps=0.2), shards=other)
@@ -280,8 +281,19 @@ def test_the_command_tells_what_it_found(
     assert main(["balance", path, str(tmp_path / "any"), "--rule", "random"]) == 0
     assert "80 of 142" in capsys.readouterr().out
     for words, message in (
-        ([path, out, "--retention", "0"], "balance: expected --retention above 0"),
-        ([path, out, "--eps", "2.5"], "balance: expected --retention above 0"),
+        (
+            [path, out, "--retention", "0"],
+            "balance: expected --retention above 0 and up to 1, got 0.0",
+        ),
+        ([path, out, "--eps", "2.5"], "balance: expected --eps between 0 and 2, got 2.5"),
+        (
+            [path, out, "--eps", "0.1", "--retention", "0.5"],
+            "balance: --eps says how many images stay, and so does --retention; got 0.1 and 0.5",
+        ),
+        (
+            [path, out, "--rule", "random", "--shards", "x.tar"],
+            "balance: of what --rule random removes there is no page",
+        ),
         ([path, out, "--rule", "random", "--eps", "1"], "balance: --rule random has no threshold"),
         ([path, out, "--probes", "-1"], "balance: --cells and --probes must be at least 0"),
         ([path, str(tmp_path), "--eps", "1"], f"balance: {tmp_path} is not empty and holds no"),
