@@ -89,6 +89,9 @@ def balance(
 ) -> int:
     """Choose images that stand for all that are like them, for --data.keep (CLIP-CID).
 
+    Beside the list lies, of 'sets', balance.svg: how large and wide the sets are, and the share
+    kept at every threshold; with --shards also removed.html.
+
     Args:
         embeddings: Cache that 'kdengine cache' made, of which the mean over the stored crops of an
             image counts, or a .npy file with a row for each.

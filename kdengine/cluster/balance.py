@@ -286,11 +286,13 @@ def balance_command(
         if not is_made:
             _choose(embeddings, out, wanted, asked)
         told, notes = folder.read_manifest(out), []
+        if (plot := out / "balance.svg").exists():
+            notes.append(f"sizes and widths of the sets, and the share kept: {plot}")
         if images is not None:
             stands = read_parts(out, embeddings, "stands")
             found = Found(stands, read_parts(out, embeddings, "keep"), told["eps"])
             page = picture.write_sheet(out, embeddings, found, images)
-            notes.append(f"wrote {page}")
+            notes.append(f"removed images: {page}")
     notes.append(f"train with --data.keep {out}")
     return Group(table(out, told), *notes)
 

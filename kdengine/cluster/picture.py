@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from kdengine.cache.store import shard_folder
@@ -43,10 +45,13 @@ def draw(path: Path, found: Found, num_rows: int) -> None:
         counts = np.unique(found.sets.sizes, return_counts=True)
         sizes.scatter(*counts, s=14, color=COLOUR)
         sizes.set(xscale="log", yscale="log", xlabel="images in a set", ylabel="sets")
+        _plain(sizes.xaxis, counts[0])
+        _plain(sizes.yaxis, counts[1])
         some = slice(None, None, -(-max(1, len(found.sets.sizes)) // MAX_POINTS))
         widths.scatter(found.sets.sizes[some], found.sets.diameters[some], s=8, color=COLOUR)
         widths.axhline(found.eps, color=INK, linewidth=1, linestyle=":")
         widths.set(xscale="log", xlabel="images in a set", ylabel="largest distance within")
+        _plain(widths.xaxis, counts[0])
         widths.set_ylim(bottom=0)
         # the curve is exact at every edge; a long one is drawn at some of them
         step = -(-max(1, len(found.lengths)) // MAX_POINTS)
@@ -63,6 +68,15 @@ def draw(path: Path, found: Found, num_rows: int) -> None:
             axes.tick_params(length=0)
         with open(path, "w", encoding="utf-8") as file:
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+
+
+def _plain(axis: Axis, values: np.ndarray) -> None:
+    """Whole numbers on a logarithmic axis, as many as there is room for."""
+    largest = float(max(values, default=1))
+    axis.set_view_interval(0.8, 1.5 * largest, ignore=True)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 100 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from PIL import Image
 
 from kdengine import reference_assign as reference
 from kdengine.cli import main
-from kdengine.cluster import Wanted, balance_command, candidates, kmeans, open_embeddings
+from kdengine.cluster import (
+    Wanted,
+    balance_command,
+    candidates,
+    kmeans,
+    open_embeddings,
+    picture,
+)
+from kdengine.cluster.balance import Found
 from kdengine.cluster.forest import Forest, greedy_cover
-from kdengine.cluster.sets import central, diameter
+from kdengine.cluster.sets import Sets, central, diameter
 from kdengine.data import ensure_index
 
 WIDTH, EPS = 24, 0.05
@@ -267,12 +276,26 @@ def test_another_result_is_not_overwritten(
     assert files() == before
 
 
+@pytest.mark.parametrize("largest", [2, 9, 14_000])
+def test_numbers_of_the_plot_are_plain(largest: int, tmp_path: Path) -> None:
+    sets = Sets(np.arange(0), np.array([2, 2, largest]), np.array([0.1, 0.2, 0.3]))
+    found = Found(np.arange(0), np.ones(0), 0.4, sets, np.linspace(0, 1, 9))
+    picture.draw(tmp_path / "a.svg", found, 20_000)
+    plot = (tmp_path / "a.svg").read_text()
+    assert "$" not in plot and "mathdefault" not in plot
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", plot)
+    for label in {2: ["1", "2"], 9: ["2", "5"], 14_000: ["10", "10,000"]}[largest]:
+        assert labels.count(label) >= 2
+    assert len(labels) < 50
+
+
 def test_the_command_tells_what_it_found(
     write_array: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path, out = str(write_array(planted()[0])), str(tmp_path / "out")
     assert main(["balance", path, out, "--eps", "0.05"]) == 0
     told = capsys.readouterr().out
+    assert "balance.svg" in told
     assert "120 of 142, 84.51%" in told and f"--data.keep {out}" in told.replace("\n", "")
     assert (tmp_path / "out" / "balance.svg").read_text().count("<g id") > 10
     # the same again is told again
