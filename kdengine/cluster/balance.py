@@ -35,7 +35,7 @@ from kdengine.cluster.sets import Sets, represent
 from kdengine.data.progress import Progress
 from kdengine.ranks import join
 
-FILES = ("shards", "keep.npy", "stands.npy", "balance.svg", "removed.html")
+FILES = ("shards", "keep.npy", "stands.npy", picture.PLOT, "removed.html")
 Rule = Literal["sets", "greedy", "random"]
 RETENTION = 0.563
 # rows up to which all pairs are looked at, and rows of a coarse cell above
@@ -286,12 +286,11 @@ def balance_command(
         if not is_made:
             _choose(embeddings, out, wanted, asked)
         told, notes = folder.read_manifest(out), []
-        if (plot := out / "balance.svg").exists():
+        if (plot := out / picture.PLOT).exists():
             notes.append(f"sizes and widths of the sets, and the share kept: {plot}")
         if images is not None:
             stands = read_parts(out, embeddings, "stands")
-            found = Found(stands, read_parts(out, embeddings, "keep"), told["eps"])
-            page = picture.write_sheet(out, embeddings, found, images)
+            page = picture.write_sheet(out, embeddings, stands, told, images)
             notes.append(f"removed images: {page}")
     notes.append(f"train with --data.keep {out}")
     return Group(table(out, told), *notes)
@@ -313,7 +312,7 @@ def _choose(embeddings: Embeddings, out: Path, wanted: Wanted, asked: dict[str, 
     write_parts(out, embeddings, "keep", found.keep)
     write_parts(out, embeddings, "stands", found.stands)
     if found.sets is not None:
-        picture.draw(out / "balance.svg", found, embeddings.num_rows)
+        picture.draw(out / picture.PLOT, found, embeddings.num_rows)
     told = {"asked": asked, **describe(embeddings, wanted, found, count)}
     folder.write_manifest(out, "balance", told)
 

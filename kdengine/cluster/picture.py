@@ -6,10 +6,11 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from PIL import Image
 
 from kdengine.cache.store import shard_folder
 from kdengine.cluster.embeddings import Embeddings
+from kdengine.cluster.sets import diameter
 from kdengine.data import DatasetIndex, ensure_index
 from kdengine.report.curves import INK, MUTED, STYLE
 from kdengine.report.markup import Html, jpeg_source, tag
@@ -25,12 +27,19 @@ from kdengine.report.markup import Html, jpeg_source, tag
 if TYPE_CHECKING:
     from kdengine.cluster.balance import Found
 
+PLOT = "balance.svg"
+RULES = {
+    "sets": "images closer than the threshold are joined, also by way of others, and the most "
+    "central of each set stays",
+    "greedy": "in order each image stays that is closer than the threshold to none kept before",
+}
 COLOUR = "#2563eb"
 NUM_SETS, NUM_MEMBERS, THUMBNAIL = 24, 7, 120
 MAX_POINTS = 20_000
 CSS = (
     "body{font:14px/1.4 system-ui,sans-serif;color:#1f2933;margin:2em;max-width:70em}"
     ".set{display:flex;gap:8px;margin:14px 0;align-items:flex-start}"
+    "h2{font-size:13px;margin:1.6em 0 0}"
     "figure{margin:0;width:124px}img{border-radius:4px;display:block;max-width:120px}"
     ".kept img{outline:3px solid #2563eb}figcaption{font-size:11px;color:#52606d}"
 )
@@ -116,47 +125,73 @@ def open_images(embeddings: Embeddings, shards: str, index_dir: str | None) -> I
     return Images(index, np.array([part.first for part in embeddings.parts]), firsts)
 
 
-def write_sheet(out: Path, embeddings: Embeddings, found: Found, images: Images) -> Path:
+def write_sheet(
+    out: Path, embeddings: Embeddings, stands: np.ndarray, told: dict[str, Any], images: Images
+) -> Path:
     """A page of removed images, each row a set: first the one that stays, then some that go.
 
     Sets of all sizes, the largest first, evenly by rank.
+
+    Args:
+        out: folder of the results.
+        embeddings: the rows.
+        stands: number of the row that stays for each.
+        told: the manifest.
+        images: of the rows.
     """
-    gone = np.flatnonzero(~found.keep & (found.stands >= 0))
-    owners, counts = np.unique(found.stands[gone], return_counts=True)
+    eps = told["eps"]
+    gone = np.flatnonzero(stands != np.arange(len(stands)))
+    owners, counts = np.unique(stands[gone], return_counts=True)
     owners = owners[np.argsort(-counts, kind="stable")]
     shown = np.unique(np.linspace(0, len(owners) - 1, min(NUM_SETS, len(owners))).astype(int))
     rows = []
     for owner in owners[shown]:
-        members = gone[found.stands[gone] == owner]
-        some = np.r_[owner, members[: NUM_MEMBERS - 1]]
-        x = embeddings.take(some)
-        cosines = (x @ x[0]).tolist()
+        members = np.r_[owner, gone[stands[gone] == owner]]
+        some = members[:NUM_MEMBERS]
+        x = embeddings.take(members).double()
+        distances = torch.linalg.vector_norm(x[: len(some)] - x[0], dim=1).tolist()
         figures = [
-            _figure(images, int(row), cosine, row == owner)
-            for row, cosine in zip(some, cosines, strict=True)
+            _figure(images, int(row), distance, row == owner)
+            for row, distance in zip(some, distances, strict=True)
         ]
-        more = len(members) - len(some) + 1
+        more = len(members) - len(some)
+        width = diameter(x, 0)
+        head = f"{len(members):,} images, up to {width:.5f} apart"
+        rows.append(tag("h2", head + ", wider than the threshold" * (width >= eps)))
         rows.append(tag("div", *figures, f"and {more:,} more" if more else None, class_="set"))
     title = f"{len(gone):,} of {embeddings.num_rows:,} images removed"
-    told = (
+    lines: list[object] = [
+        f"Rule '{told['rule']}': {RULES[told['rule']]}. The threshold is a distance of {eps:.5f} "
+        f"between unit embeddings, a cosine of {1 - eps**2 / 2:.5f}.",
         "Each row is a set: outlined the image that stays, beside it some that it stands for, with "
-        f"their cosine. {len(shown)} of {len(owners):,} sets, from the largest to the smallest."
-    )
+        f"their distance from it. {len(shown)} of {len(owners):,} sets, from the largest to the "
+        "smallest.",
+    ]
+    if wider := told.get("share_of_sets_wider_than_eps"):
+        lines.append(
+            f"{wider:.1%} of the sets are wider than the threshold: chains of pairs join images "
+            "that are less alike than it says."
+        )
+    if (out / PLOT).exists():
+        link = tag("a", PLOT, href=PLOT)
+        lines.append(
+            Html(f"{link}: sizes and widths of the sets, the share kept at each threshold")
+        )
     head = tag("head", tag("meta", charset="utf-8"), tag("title", title), tag("style", Html(CSS)))
-    page = tag("html", head, tag("body", tag("h1", title), tag("p", told), *rows))
+    page = tag("html", head, tag("body", tag("h1", title), *(tag("p", x) for x in lines), *rows))
     path = out / "removed.html"
     path.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
     return path
 
 
-def _figure(images: Images, row: int, cosine: float, kept: bool) -> Html:
+def _figure(images: Images, row: int, distance: float, kept: bool) -> Html:
     begin = int(images.begins[np.searchsorted(images.begins, row, side="right") - 1])
     if begin not in images.firsts:
         return tag("figure", tag("figcaption", "in a shard that was not given"))
     number = images.firsts[begin] + row - begin
     image = Image.open(io.BytesIO(images.index.image_bytes(number))).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    told = "stays" if kept else f"{cosine:.4f}"
+    told = "stays" if kept else f"{distance:.5f}"
     caption = tag("figcaption", f"{told} \u00b7 {images.index.key(number)}")
     return tag(
         "figure",

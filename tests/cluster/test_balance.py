@@ -234,8 +234,25 @@ def test_removed_images_are_shown_beside_those_that_stay(
     page = (tmp_path / "out" / "removed.html").read_text()
     assert page.count("<figure") == 5 and page.count('class="kept"') == 1
     assert "4 of 48 images removed" in page
+    # distances as the threshold is one, and how wide the set is
+    x = F.normalize(rows, dim=1).double()
+    (kept,) = {int(row) for row in np.load(next((tmp_path / "out").rglob("stands.npy")))[10:14]}
+    for row in {3, 10, 11, 12, 13} - {kept}:
+        assert f"{float((x[row] - x[kept]).norm()):.5f} \u00b7 {index.key(row)}" in page
+    own = x[[3, 10, 11, 12, 13]]
+    assert f"5 images, up to {float(torch.cdist(own, own).max()):.5f} apart<" in page
+    assert "Rule &#x27;sets&#x27;: images closer" in page and "a distance of 0.20000" in page
+    assert 'href="balance.svg"' in page and "chains" not in page
     assert all(index.key(n) in page for n in (3, 10, 11, 12, 13))
     assert Image.open(io.BytesIO(index.image_bytes(10))).size == (64, 64)
+    narrow = 0.9 * manifest(tmp_path / "out")["largest_diameter"]
+    balance_command(cache, tmp_path / "chain", Wanted(eps=narrow), shards=shards)
+    page = (tmp_path / "chain" / "removed.html").read_text()
+    assert "100.0% of the sets are wider than the threshold: chains" in page
+    assert page.count("apart, wider than the threshold<") == 1
+    balance_command(cache, tmp_path / "greedy", Wanted(eps=0.2, rule="greedy"), shards=shards)
+    page = (tmp_path / "greedy" / "removed.html").read_text()
+    assert "Rule &#x27;greedy&#x27;" in page and "balance.svg" not in page
     # its shards are those of the embeddings, or there is nothing to show: said before the search
     monkeypatch.setattr("kdengine.cluster.balance.Search", None)
     other = str(next(scenes.glob("*val*.tar")))
