@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that look at the embeddings of a data set."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,7 +48,10 @@ def cluster(
             images that stay, the others are given the nearest.
     """
     if min(k, iterations) < 1 or not tolerance >= 0:
-        raise ValueError("cluster: --k and --iterations must be at least 1, --tolerance at least 0")
+        raise ValueError(
+            "cluster: --k and --iterations must be at least 1, --tolerance at least 0; got "
+            f"{k}, {iterations} and {tolerance:g}"
+        )
     if top < 0 or not 0 < scale < float("inf"):
         raise ValueError(
             "cluster: --top must be at least 0 and --scale above 0 and finite; got "
@@ -55,18 +59,23 @@ def cluster(
         )
     from kdengine.cluster import cluster_command
 
-    told = cluster_command(
-        embeddings,
-        out,
-        k=k,
-        iterations=iterations,
-        tolerance=tolerance,
-        seed=seed,
-        teacher=teacher,
-        top=top,
-        scale=scale,
-        keep=keep,
-    )
+    try:
+        told = cluster_command(
+            embeddings,
+            out,
+            k=k,
+            iterations=iterations,
+            tolerance=tolerance,
+            seed=seed,
+            teacher=teacher,
+            top=top,
+            scale=scale,
+            keep=keep,
+        )
+    except KeyboardInterrupt:
+        what = "interrupted; complete iterations are kept, and the same command goes on from there"
+        print(what, file=sys.stderr)
+        return 130
     if told is not None:
         print_table(told)
     return 0

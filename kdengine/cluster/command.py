@@ -94,7 +94,8 @@ def cluster_command(
         )
     me = ranks.join()
     wanted = {
-        "embeddings": rows.digest,
+        "embeddings": embeddings.digest,
+        "keep": None if kept is None else _digest(kept),
         "k": k,
         "iterations": iterations,
         "tolerance": tolerance,
@@ -200,8 +201,11 @@ def _run(
 
 def is_done(objectives: list[float], iterations: int, tolerance: float) -> bool:
     """Whether to stop: all iterations are made, or the last one changed next to nothing."""
-    if len(objectives) >= iterations:
-        return True
+    return len(objectives) >= iterations or has_converged(objectives, tolerance)
+
+
+def has_converged(objectives: list[float], tolerance: float) -> bool:
+    """Whether the last iteration lowered the objective by at most this share."""
     if len(objectives) < 2:
         return False
     return objectives[-2] - objectives[-1] <= tolerance * objectives[-2]
@@ -233,8 +237,12 @@ def table(out: Path) -> Table:
     found.add_row("rows in one", "least {:,}, median {:,}, most {:,}".format(*quantiles))
     if told["top"]:
         found.add_row("targets", f"{told['top']:,} nearest, softmax of scale {told['scale']:g}")
-    count = len(told["objectives"])
-    found.add_row("iterations", f"{count}; {sum(told['num_split']):,} empty clusters filled")
+    filled = f"{sum(told['num_split']):,} empty clusters filled"
+    objectives, tolerance = told["objectives"], told["asked"]["tolerance"]
+    end = "the limit, not converged"
+    if has_converged(objectives, tolerance):
+        end = f"converged, the last lowered the objective by at most {tolerance:g} of it"
+    found.add_row("iterations", f"{len(objectives)}, {end}; {filled}")
     cosine = 1 - told["objective"] / 2
     found.add_row(
         "objective", f"mean squared distance {told['objective']:.5f}, cosine {cosine:.5f}"

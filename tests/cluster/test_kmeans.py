@@ -152,11 +152,16 @@ def test_targets_go_on_after_an_interruption(
 
 
 def test_an_interrupted_command_goes_on_to_the_same_bits(
-    write_array: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_array: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     path = write_array(clustered(800, 20, 16, 2.0))
     options = {"k": 20, "iterations": 7, "tolerance": 0.0}
     cluster_command(path, tmp_path / "whole", **options)
+    line = ["cluster", str(path), str(tmp_path / "parts"), "--k", "20", "--iterations", "7"]
+    line += ["--tolerance", "0"]
     iterate, calls = kmeans.iterate, []
 
     def interrupted(*arguments: Any) -> None:
@@ -167,8 +172,9 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(kmeans, "iterate", interrupted)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            cluster_command(path, tmp_path / "parts", **options)
+        assert main(line) == 130
+        told = capsys.readouterr().err
+        assert told.startswith("interrupted; ") and told.endswith("goes on from there\n")
     cluster_command(path, tmp_path / "parts", **options)
     assert calls == [0, 1, 2, 3, 3, 4, 5, 5, 6]
     assert_equal(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
@@ -204,6 +210,15 @@ def test_only_what_balance_keeps_makes_centroids(
     np.testing.assert_allclose(told["objectives"], alone["objectives"], rtol=1e-6)
     np.testing.assert_allclose(centroids, read(tmp_path / "alone", "centroids"), atol=1e-6)
     assert told["num_kept"] == 60 and told["num_rows"] == 150 and told["asked"] != alone["asked"]
+    # another folder to keep is told by its name
+    balance_command(cache, tmp_path / "less", Wanted(rule="random", retention=0.3))
+    few = {"k": 30, "top": 3}
+    for keep_other, message in (
+        (tmp_path / "less", r"another clustering: --keep [0-9a-f]{12}, not [0-9a-f]{12}; give"),
+        (None, r"another clustering: --keep [0-9a-f]{12}, not none; give"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cluster_command(cache, tmp_path / "out", keep=keep_other, **few)
     with pytest.raises(ValueError, match="number of rows that stay, 60; got 61"):
         cluster_command(cache, tmp_path / "many", k=61, keep=tmp_path / "kept")
     with pytest.raises(ValueError, match="is another result or of others; run 'kdengine balance'"):
@@ -349,9 +364,14 @@ def test_the_command_tells_what_it_found(
     told = capsys.readouterr().out
     assert "9 of 300 rows" in told and "mean squared distance" in told
     assert "9 nearest, softmax of scale 100" in told
+    count = len(manifest(tmp_path / "out")["objectives"])
+    assert count < 20 and f"{count}, converged, the last" in told
+    assert main(["cluster", path, str(tmp_path / "short"), "--k", "9", "--iterations", "2"]) == 0
+    assert "2, the limit, not converged; 0 empty" in capsys.readouterr().out
     out = str(tmp_path / "x")
+    at_least = "cluster: --k and --iterations must be at least 1, --tolerance at least 0; got "
     for words, message in (
-        ([path, out, "--k", "0"], "cluster: --k and --iterations must be"),
+        ([path, out, "--k", "0"], f"{at_least}0, 20 and 0.0001"),
         ([path, out, "--k", "2", "--top", "-1"], "cluster: --top must be at least 0 and"),
         ([path, out, "--k", "2", "--scale", "0"], "cluster: --top must be at least 0 and"),
         ([str(tmp_path / "nowhere"), out, "--k", "2"], "embeddings: "),
