@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdengine.cluster import kmeans
-from kdengine.cluster.embeddings import Embeddings, Part
+from kdengine.cluster.embeddings import Embeddings, SomeEmbeddings
 from kdengine.ops import assign, range_join
 from kdengine.ranks import Ranks
 
@@ -102,7 +102,7 @@ def make_cells(
     total = embeddings.num_rows
     draw = np.random.default_rng(seed)
     size = min(total, SAMPLE_PER_CELL * count)
-    sample = Some(embeddings, np.sort(draw.choice(total, size, replace=False)))
+    sample = SomeEmbeddings(embeddings, np.sort(draw.choice(total, size, replace=False)))
     state = kmeans.start(sample, count, seed)
     alone = Ranks(0, 1, 0, device)
     for _ in range(CELL_ITERATIONS):
@@ -115,18 +115,6 @@ def make_cells(
         near[first : first + step] = assign(block, centroids, count=near.shape[1]).keys.cpu()
         advance(len(block))
     return Cells(near, count)
-
-
-class Some(Embeddings):
-    """Some rows of others, by their numbers."""
-
-    def __init__(self, embeddings: Embeddings, numbers: np.ndarray) -> None:
-        self._embeddings, self._numbers = embeddings, numbers
-        self.num_rows, self.width = len(numbers), embeddings.width
-        self.parts, self.digest = [Part("", 0, self.num_rows)], ""
-
-    def _rows(self, part: int, local: np.ndarray | slice) -> Tensor:
-        return self._embeddings.take(self._numbers[local])
 
 
 def within_cells(

@@ -29,7 +29,7 @@ from kdengine import ranks
 from kdengine.cluster import folder, kmeans, targets
 from kdengine.cluster.embeddings import (
     Embeddings,
-    KeptEmbeddings,
+    SomeEmbeddings,
     open_embeddings,
     partial_file,
     read_parts,
@@ -86,7 +86,7 @@ def cluster_command(
     """
     out, embeddings = Path(out), open_embeddings(Path(path), teacher)
     kept = None if keep is None else _kept(Path(keep), embeddings)
-    rows = embeddings if kept is None else KeptEmbeddings(embeddings, kept)
+    rows = embeddings if kept is None else SomeEmbeddings(embeddings, np.flatnonzero(kept))
     if not 1 <= k <= rows.num_rows:
         which = "" if kept is None else " that stay"
         raise ValueError(
@@ -106,7 +106,7 @@ def cluster_command(
     lock = me.first_only(lambda: _begin(out, wanted), "cluster")
     done = me.broadcast((out / folder.MANIFEST).exists())
     if not done:
-        _run(embeddings, kept, out, wanted, me)
+        _run(embeddings, rows, kept, out, wanted, me)
     if lock is None:
         return None
     lock.close()
@@ -139,13 +139,13 @@ def _kept(folder_of_balance: Path, embeddings: Embeddings) -> np.ndarray:
 
 def _run(
     embeddings: Embeddings,
+    rows: Embeddings,
     kept: np.ndarray | None,
     out: Path,
     wanted: dict[str, Any],
     me: Ranks,
 ) -> None:
-    """Iterate until it is done, and write the results."""
-    rows = embeddings if kept is None else KeptEmbeddings(embeddings, kept)
+    """Iterate over the rows that stay until it is done, and write the results of all."""
     saved = out / STATE
     # a file system of several machines may show it to some of them only
     if me.broadcast(saved.exists()):

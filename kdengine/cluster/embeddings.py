@@ -170,17 +170,16 @@ class CacheEmbeddings(Embeddings):
         return total
 
 
-class KeptEmbeddings(Embeddings):
-    """Some rows of others, numbered anew: those where ``keep``, bool [N], is true."""
+class SomeEmbeddings(Embeddings):
+    """Some rows of others, by their numbers, int64 [n], rising; numbered anew."""
 
-    def __init__(self, whole: Embeddings, keep: np.ndarray) -> None:
-        self._whole, self._numbers = whole, np.flatnonzero(keep)
-        self.num_rows, self.width = len(self._numbers), whole.width
-        self.parts = [Part("", 0, self.num_rows)]
-        self.digest = hashlib.sha256(whole.digest.encode() + keep.tobytes()).hexdigest()
+    def __init__(self, embeddings: Embeddings, numbers: np.ndarray) -> None:
+        self._embeddings, self._numbers = embeddings, numbers
+        self.num_rows, self.width = len(numbers), embeddings.width
+        self.parts, self.digest = [Part("", 0, self.num_rows)], ""
 
     def _rows(self, part: int, local: np.ndarray | slice) -> Tensor:
-        return self._whole.take(self._numbers[local])
+        return self._embeddings.take(self._numbers[local])
 
 
 def open_embeddings(path: Path, teacher: int = 0) -> Embeddings:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,13 +19,11 @@ from PIL import Image
 
 from kdengine.cache.store import shard_folder
 from kdengine.cluster.embeddings import Embeddings
+from kdengine.cluster.search import Found
 from kdengine.cluster.sets import diameter
 from kdengine.data import DatasetIndex, ensure_index
 from kdengine.report.curves import INK, MUTED, STYLE
 from kdengine.report.markup import Html, jpeg_source, tag
-
-if TYPE_CHECKING:
-    from kdengine.cluster.balance import Found
 
 PLOT = "balance.svg"
 RULES = {

@@ -23,8 +23,8 @@ from kdengine.cluster import (
     open_embeddings,
     picture,
 )
-from kdengine.cluster.balance import Found
 from kdengine.cluster.forest import Forest, greedy_cover
+from kdengine.cluster.search import Found
 from kdengine.cluster.sets import Sets, central, diameter
 from kdengine.data import ensure_index
 
