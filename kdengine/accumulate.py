@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from kdengine import checkpoint
-from kdengine.centres import STORED, Drawn
+from kdengine.centres import Drawn
+from kdengine.data.clusters import STORED
 from kdengine.methods import Embeddings, joined
 from kdengine.models import Features
 from kdengine.optimizer import Buffers

@@ -33,8 +33,6 @@ START_DEVIATION = 0.01
 # fresh rows are drawn in blocks, each from a seed of its own; a step is taken block by block
 BLOCK = 4096
 _BITS = 31
-# what batches hold of clusters
-STORED = ("cluster", "cluster_nearest", "cluster_cosine", "cluster_lse")
 
 
 class Assigned(NamedTuple):

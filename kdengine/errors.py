@@ -10,6 +10,9 @@ PACKAGE = Path(__file__).resolve().parent
 EXIT_REFUSED = 2
 """Exit code of a command that cannot do what was asked for, and says why in one line."""
 
+EXIT_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
 
 def forget_reader() -> None:
     """After a BrokenPipeError, as from ``--help | head``: nothing more can be printed."""

@@ -22,8 +22,6 @@ from rich.table import Table
 from kdengine import LOCAL_DIR, arguments, errors
 from kdengine.stop import ignore_signals
 
-EXIT_INTERRUPTED = 130
-
 if TYPE_CHECKING:
     from kdengine.cache import Summary
 
@@ -103,7 +101,7 @@ def command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         told = "interrupted; what is complete is kept, and the same command goes on from there"
         print(told, file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return errors.EXIT_INTERRUPTED
     except Exception as error:
         if not errors.is_refusal(error):
             raise

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kdengine.accumulate import Accumulation
-from kdengine.centres import STORED, Drawn, Targets, read_assigned
+from kdengine.centres import Drawn, Targets, read_assigned
+from kdengine.data.clusters import STORED
 from kdengine.methods import Clip, ClipCID, ClipKD, Distillation, Embeddings, Method, joined
 from kdengine.models import Features, build_student
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return errors.EXIT_INTERRUPTED
     except Exception as error:
         if not errors.is_refusal(error):
             raise

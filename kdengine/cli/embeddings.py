@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from kdengine import errors
 from kdengine.cli.shared import print_table
 
 
@@ -75,7 +76,7 @@ def cluster(
     except KeyboardInterrupt:
         what = "interrupted; complete iterations are kept, and the same command goes on from there"
         print(what, file=sys.stderr)
-        return 130
+        return errors.EXIT_INTERRUPTED
     if told is not None:
         print_table(told)
     return 0

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
+from kdengine.data.clusters import STORED
 from kdengine.data.views import ViewSpec
 
 Batch = dict[str, torch.Tensor]
 
 # names of a batch that no view and no token tensor may take
-RESERVED = (
-    *("sample", "valid", "window", "label"),
-    *("cluster", "cluster_nearest", "cluster_cosine", "cluster_lse"),
-)
+RESERVED = ("sample", "valid", "window", "label", *STORED)
 
 
 class Loader(abc.ABC):

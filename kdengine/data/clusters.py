@@ -14,7 +14,6 @@ wherever the shard lies.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from kdengine.data.limits import MAPS
+from kdengine.data.results import read_manifest
 
 if TYPE_CHECKING:
     from kdengine.data.dataset import DatasetIndex, ShardIndex
@@ -68,7 +68,7 @@ class ClusterRows:
 
     def __init__(self, folder: str | Path, *, with_targets: bool) -> None:
         self.folder = Path(folder)
-        told = _read_manifest(self.folder)
+        told = _told(self.folder)
         self.num_clusters, self.width = int(told["k"]), int(told["width"])
         self.scale, self.digest = float(told["scale"]), str(told["digest"])
         self.is_kept = told.get("num_kept", 0) < told.get("num_rows", 0)
@@ -173,29 +173,17 @@ class ClusterRows:
         return (num_samples, self.top) if stored.of_each else (num_samples,)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"clusters: {folder} is no folder; expected what 'kdengine cluster' wrote"
-        )
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"clusters: {folder} has no manifest.json: 'kdengine cluster' has not finished it; "
-            "run it again"
-        )
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"clusters: {path} cannot be read: {error}; make it anew") from None
-    if not isinstance(told, dict) or told.get("command") != "cluster":
+def _told(folder: Path) -> dict[str, Any]:
+    told = read_manifest("clusters", folder, "cluster")
+    if told.get("command") != "cluster":
         raise ValueError(
             f"clusters: {folder} is no result of 'kdengine cluster'; expected what that wrote"
         )
     absent = {"k", "width", "top", "scale", "digest"} - set(told)
     if absent:
         raise ValueError(
-            f"clusters: {path} lacks {sorted(absent)}, it is of another version; make it anew"
+            f"clusters: {folder}/manifest.json lacks {sorted(absent)}, it is of another version; "
+            "make it anew"
         )
     return told
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdengine.data.results import read_manifest
+
 if TYPE_CHECKING:
     from kdengine.data.dataset import ShardIndex
 
@@ -34,16 +36,7 @@ def kept_shards(shards: Sequence[ShardIndex], folder: Path) -> tuple[tuple[Shard
         ValueError: a list does not fit its shard, or nothing is kept.
         RuntimeError: an index cannot be written.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data.keep: {folder} is no folder; expected what 'kdengine balance' wrote"
-        )
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(
-            f"data.keep: {folder} has no manifest.json: 'kdengine balance' has not finished it; "
-            "run it again"
-        )
-    if '"command": "cluster"' in (folder / "manifest.json").read_text(encoding="utf-8"):
+    if read_manifest("data.keep", folder, "balance").get("command") == "cluster":
         raise ValueError(
             f"data.keep: {folder} holds clusters; expected the folder that 'kdengine balance' wrote"
         )
