@@ -190,15 +190,8 @@ def test_what_is_taken_of_the_stored_nearest() -> None:
         return config.ClipCID(clusters="x", **changes).nearest(64)
 
     assert (taken(), taken(top=8), taken(top=99)) == (64, 8, 64)
-    assert (
-        taken(cluster_kl=0.0),
-        taken(cluster_kl=0.0, positives=4),
-        taken(top=2, positives=4),
-    ) == (
-        1,
-        4,
-        4,
-    )
+    assert (taken(cluster_kl=0.0), taken(cluster_kl=0.0, positives=4)) == (1, 4)
+    assert taken(top=2, positives=4) == 4
 
 
 def test_centres_are_built_of_the_configuration() -> None:

@@ -126,14 +126,16 @@ def _cluster_terms(
     cooled = features._replace(
         scale=features.scale / temperature, teacher_scale=features.teacher_scale / temperature
     )
-    shared, dense = temperature == 1.0, len(features.teacher_query) > 0
+    shared = temperature == 1.0
+    sparse, dense = probabilities is not None, len(features.teacher_query) > 0
     first = second = torch.zeros((), dtype=features.dtype, device=features.query.device)
     rows = named = None
     if nearest is not None:
         _check_nearest(who, at, nearest, labels)
-        if discrimination or shared:
+        if discrimination or (sparse and shared):
             named = _look(at, features, nearest, backend)
-        if probabilities is not None:
+        if sparse:
+            assert probabilities is not None
             soft = named if named and shared else _look(at, cooled, nearest, backend)
             second = soft.divergence(probabilities)
     if (discrimination and not named) or (dense and shared):
