@@ -212,6 +212,21 @@ def train_all(
     return num_failed
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every table."""
+    parser.add_argument("--seeds", type=seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5")
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The options, and in ``words`` what stands behind ``--``, for every training."""
+    own, rest = list(words), []
+    if "--" in own:
+        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    options.words = rest
+    return options
+
+
 def seed_range(text: str) -> list[int]:
     """Seeds: ``3`` is 0 to 2, ``10-12`` those, ``1,5`` these."""
     if re.fullmatch(r"[1-9]\d*", text):

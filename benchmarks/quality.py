@@ -151,17 +151,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     name = "quality_flickr8k" if on_gpu else "quality_demo"
     parser.add_argument("--recipe", default=str(RECIPES / f"{name}.toml"), help="of the students")
     parser.add_argument("--teacher", help="recipe of the teacher, where the students' has no known")
-    parser.add_argument(
-        "--seeds", type=cells.seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5"
-    )
+    cells.add_options(parser)
     parser.add_argument("--variants", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--out", type=Path, help="folder of data, teacher and runs")
     parser.add_argument("--results", type=Path, help="path of the results, without ending")
-    own, rest = list(words), []
-    if "--" in own:
-        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
-    options = parser.parse_args(own)
-    options.words = rest
+    options = cells.parse(parser, words)
     stem = Path(options.recipe).stem
     options.teacher = options.teacher or TEACHERS.get(stem)
     if options.teacher is None:

@@ -160,9 +160,7 @@ def more(cell: Cell, options: argparse.Namespace) -> Row:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--seeds", type=cells.seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5"
-    )
+    cells.add_options(parser)
     parser.add_argument("--data", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--k", type=int, default=K, help="clusters")
@@ -170,11 +168,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=SCALE, help="of the teacher's softmax")
     parser.add_argument("--out", type=Path, help="folder of data, teacher, cache and runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="path without ending")
-    own, rest = list(words), []
-    if "--" in own:
-        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
-    options = parser.parse_args(own)
-    options.words, options.recipe = rest, str(RECIPE)
+    options = cells.parse(parser, words)
+    options.recipe = str(RECIPE)
     # data, teacher and cache are those of the demo's other table
     options.out = (options.out or common.REPOSITORY / "runs" / "quality_demo").resolve()
     return options

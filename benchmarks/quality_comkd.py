@@ -288,19 +288,13 @@ def page(rows: Sequence[Row], steps: Sequence[Row]) -> str:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--seeds", type=cells.seed_range, default=[0, 1, 2], help="3, or 10-12, or 1,5"
-    )
+    cells.add_options(parser)
     parser.add_argument("--sets", nargs="+", default=["cifar10", "scenes"], help="which data sets")
     parser.add_argument("--steps", type=int, default=240, help="of students")
     parser.add_argument("--clip-steps", type=int, help="of both CLIPs, in place of their set's")
     parser.add_argument("--out", type=Path, help="folder of data, models and runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="path without ending")
-    own, rest = list(words), []
-    if "--" in own:
-        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
-    options = parser.parse_args(own)
-    options.words = rest
+    options = cells.parse(parser, words)
     options.out = (options.out or common.REPOSITORY / "runs" / "quality_comkd").resolve()
     return options
 

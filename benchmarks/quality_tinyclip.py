@@ -165,8 +165,7 @@ def speeds(models: Mapping[str, Path], seed: int, seconds: float = 20.0) -> list
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=cells.seed_range, default=[0, 1, 2],
-                        help="3, or 10-12, or 1,5")  # fmt: skip
+    cells.add_options(parser)
     parser.add_argument("--variants", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--out", type=Path, default=Path("runs/quality_demo"),
                         help="folder of data, teachers and runs")  # fmt: skip
