@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -200,3 +201,31 @@ def caches(command: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     assert done.returncode == 0 and "[0, 0, 0]" in done.stdout, done.stdout + done.stderr
     assert "2 of 96 samples" in done.stdout and "int8, error mean" in done.stdout, done.stdout
     return found
+
+
+def _stopped_and_resumed(
+    rank: int, world_size: int, lines: list[tuple[list[str], int]]
+) -> list[tuple[int, int]]:
+    """Train each line, with SIGTERM to rank 1 in the step before the one given, and resume it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    from kdengine import loop, train
+
+    run_step, codes = loop.run_step, []
+    for line, stop in lines:
+
+        def signalled(job: Any, stop: int = stop, **options: Any) -> Any:
+            if (rank, job.state.step) == (1, stop - 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return run_step(job, **options)
+
+        loop.run_step = signalled if stop else run_step
+        first = train.main(line)
+        loop.run_step = run_step
+        codes.append((first, train.main([*line, "--resume", "latest"]) if stop else 0))
+    return codes
+
+
+@pytest.fixture(scope="session")
+def stopped_and_resumed() -> Callable[..., list[tuple[int, int]]]:
+    """For ``run_ranks``, of pairs of a command line and a step to stop at, 0 for none."""
+    return _stopped_and_resumed

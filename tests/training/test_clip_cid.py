@@ -2,8 +2,6 @@
 """From a cache to clusters and a balanced part of the data, to a run that learns from both."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +57,6 @@ def cid(caches: Any, made: dict[str, Path], words: Any) -> Any:
     return build
 
 
-def stopped_and_resumed(
-    rank: int, world_size: int, lines: list[tuple[list[str], int]]
-) -> list[tuple[int, int]]:
-    """Train each line, with SIGTERM to rank 1 in the step before the one given, and resume it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    from kdengine import loop, train
-
-    run_step, codes = loop.run_step, []
-    for line, stop in lines:
-
-        def signalled(job: Any, stop: int = stop, **options: Any) -> Any:
-            if (rank, job.state.step) == (1, stop - 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            return run_step(job, **options)
-
-        loop.run_step = signalled if stop else run_step
-        first = train.main(line)
-        loop.run_step = run_step
-        codes.append((first, train.main([*line, "--resume", "latest"]) if stop else 0))
-    return codes
-
-
 MODES: dict[str, dict[str, Any]] = {
     "own": {"train__zero_stage": 2, "method__clip_cid__sample_ratio": 0.4, "train__accum_freq": 2},
     "teacher": {
@@ -99,7 +75,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def test_a_stopped_run_goes_on_with_its_centres(
-    run_ranks: Any, cid: Any, made: dict[str, Path], records: Any, tmp_path: Path
+    run_ranks: Any, stopped_and_resumed: Any, cid: Any, made: Any, records: Any, tmp_path: Path
 ) -> None:
     """The same losses, bit by bit, and the same centres, a part on each rank."""
     lines, wanted = [], []

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run with masks, its cut, and being stopped before, at and after it."""
 
-import os
-import signal
 from typing import Any
 
 from kdengine.models import load_model
@@ -13,30 +11,8 @@ CUT, STEPS = 4, 7
 MODES, STOPS = [(0, "fp32", 1), (1, "amp_bf16", 2), (2, "bf16", 1)], (2, CUT, 5)
 
 
-def stopped_and_resumed(
-    rank: int, world_size: int, lines: list[tuple[list[str], int]]
-) -> list[tuple[int, int]]:
-    """Train each line, with SIGTERM to rank 1 in the step before the one given, and resume it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    from kdengine import loop, train
-
-    run_step, codes = loop.run_step, []
-    for line, stop in lines:
-
-        def signalled(job: Any, stop: int = stop, **options: Any) -> Any:
-            if (rank, job.state.step) == (1, stop - 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            return run_step(job, **options)
-
-        loop.run_step = signalled if stop else run_step
-        first = train.main(line)
-        loop.run_step = run_step
-        codes.append((first, train.main([*line, "--resume", "latest"]) if stop else 0))
-    return codes
-
-
 def test_a_pruned_run_is_the_same_wherever_it_was_stopped(
-    run_ranks, words, records, tmp_path
+    run_ranks, stopped_and_resumed, words, records, tmp_path
 ) -> None:
     lines, wanted = [], []
     for stage, precision, accum_freq in MODES:
